@@ -1,0 +1,205 @@
+"""Every call of the REST API as a value: what to send and how to read the answer; no I/O."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+from urllib.parse import quote
+
+from pydantic import ValidationError
+
+from gnomon.errors import InvalidRequest
+from gnomon.resources import (
+    ActivationStore,
+    ApiKey,
+    Cluster,
+    Dictionary,
+    Event,
+    Job,
+    JobKind,
+    JobState,
+    NewApiKey,
+    Page,
+)
+from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
+
+T = TypeVar("T")
+PAGE_SIZE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(Generic[T]):
+    """One HTTP request and the reader of its answer."""
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    parse: Callable[[bytes], T]
+    params: Mapping[str, str | int] = field(default_factory=dict)
+    body: Any = None
+    """JSON-serialisable body, None for none."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    idempotent: bool = True
+    """Sending it twice does what sending it once does, so it may be repeated when the answer is lost."""
+
+
+Flow = Generator[Request[Any], Any, T]
+"""Several requests in a row: yields each one, is sent its answer, returns the result."""
+
+
+class SubmitOptions(TypedDict, total=False):
+    """What may be said about a job beside its spec; see JobRequest."""
+
+    name: str | None
+    priority: int | None
+    max_attempts: int | None
+    deadline_s: int | None
+    idempotency_key: str | None
+
+
+Submittable = HarvestSpec | TrainSpec | EvaluateSpec | JobRequest | Mapping[str, Any]
+"""A spec, a whole request, or either as a mapping."""
+
+
+def submit(spec: Submittable, options: SubmitOptions) -> Request[Job]:
+    """POST /v1/jobs; always with an Idempotency-Key, so that a lost answer can be asked for again."""
+    fields = {name: value for name, value in options.items() if value is not None}
+    key = str(fields.pop("idempotency_key", uuid.uuid4().hex))
+    body = job_request(spec, fields).model_dump(mode="json")
+    headers = {"Idempotency-Key": key}
+    return Request(method="POST", path="/v1/jobs", parse=Job.model_validate_json, body=body, headers=headers)
+
+
+def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:
+    """Body of POST /v1/jobs; options replace what a whole request says. Raises InvalidRequest."""
+    if isinstance(spec, JobRequest):
+        fields: dict[str, Any] = spec.model_dump(exclude_unset=True) | {"spec": spec.spec}
+    elif isinstance(spec, Mapping) and "spec" in spec:
+        fields = dict(spec)
+    else:
+        fields = {"spec": spec}
+    try:
+        return JobRequest.model_validate(fields | dict(options))
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from error
+
+
+def explain(error: ValidationError) -> str:
+    """One line that names the fields that are wrong and how; at most five of them."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    parts = [f"{'.'.join(str(part) for part in item['loc']) or 'body'}: {item['msg']}" for item in problems]
+    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return "; ".join(parts[:5]) + more
+
+
+def job(job_id: str) -> Request[Job]:
+    """GET /v1/jobs/{id}."""
+    return Request(method="GET", path=_path("jobs", job_id), parse=Job.model_validate_json)
+
+
+def cancel(job_id: str) -> Request[Job]:
+    """POST /v1/jobs/{id}/cancel; cancelling twice is harmless."""
+    return Request(method="POST", path=_path("jobs", job_id, "cancel"), parse=Job.model_validate_json)
+
+
+def jobs(*, state: JobState | None, kind: JobKind | None, limit: int | None) -> Flow[list[Job]]:
+    """GET /v1/jobs, newest first."""
+    filters = {name: value for name, value in (("state", state), ("kind", kind)) if value is not None}
+    return _collect(_path("jobs"), Page[Job], limit, filters)
+
+
+def events(job_id: str, after: int) -> Flow[list[Event]]:
+    """GET /v1/jobs/{id}/events: what has happened so far."""
+    found: list[Event] = []
+    while True:
+        page: Page[Event] = yield Request(
+            method="GET",
+            path=_path("jobs", job_id, "events"),
+            parse=Page[Event].model_validate_json,
+            params={"after": found[-1].id if found else after, "limit": PAGE_SIZE},
+        )
+        found += page.items
+        if not page.items or (page.next_cursor is None and len(page.items) < PAGE_SIZE):
+            return found
+
+
+def event_stream(job_id: str, after: int) -> Request[None]:
+    """GET /v1/jobs/{id}/events as a stream of server-sent events."""
+    headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+    return Request(method="GET", path=_path("jobs", job_id, "events"), parse=_nothing, headers=headers)
+
+
+def activations(limit: int | None) -> Flow[list[ActivationStore]]:
+    """GET /v1/activations, newest first."""
+    return _collect(_path("activations"), Page[ActivationStore], limit)
+
+
+def activation_store(store_id: str) -> Request[ActivationStore]:
+    """GET /v1/activations/{id}."""
+    path = _path("activations", store_id)
+    return Request(method="GET", path=path, parse=ActivationStore.model_validate_json)
+
+
+def dictionaries(limit: int | None) -> Flow[list[Dictionary]]:
+    """GET /v1/dictionaries, newest first."""
+    return _collect(_path("dictionaries"), Page[Dictionary], limit)
+
+
+def dictionary(dictionary_id: str) -> Request[Dictionary]:
+    """GET /v1/dictionaries/{id}."""
+    path = _path("dictionaries", dictionary_id)
+    return Request(method="GET", path=path, parse=Dictionary.model_validate_json)
+
+
+def dictionary_file(dictionary_id: str, name: str) -> Request[None]:
+    """GET /v1/dictionaries/{id}/files/{name}; the body is the file."""
+    return Request(method="GET", path=_path("dictionaries", dictionary_id, "files", name), parse=_nothing)
+
+
+def keys(limit: int | None) -> Flow[list[ApiKey]]:
+    """GET /v1/keys."""
+    return _collect(_path("keys"), Page[ApiKey], limit)
+
+
+def create_key(name: str, scopes: tuple[str, ...], expires_in_s: int | None) -> Request[NewApiKey]:
+    """POST /v1/keys; not repeated when the answer is lost, for that would leave a key nobody knows."""
+    body = {"name": name, "scopes": list(scopes), "expires_in_s": expires_in_s}
+    return Request(method="POST", path="/v1/keys", parse=NewApiKey.model_validate_json, body=body, idempotent=False)
+
+
+def revoke_key(key_id: str) -> Request[None]:
+    """DELETE /v1/keys/{id}."""
+    return Request(method="DELETE", path=_path("keys", key_id), parse=_nothing)
+
+
+def cluster() -> Request[Cluster]:
+    """GET /v1/cluster."""
+    return Request(method="GET", path="/v1/cluster", parse=Cluster.model_validate_json)
+
+
+def _collect(
+    path: str, page_type: type[Page[T]], limit: int | None, filters: Mapping[str, str] | None = None
+) -> Flow[list[T]]:
+    """All items of a list, page by page, up to a limit."""
+    found: list[T] = []
+    cursor: str | None = None
+    while limit is None or len(found) < limit:
+        size = PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - len(found))
+        params: dict[str, str | int] = {**(filters or {}), "limit": size}
+        if cursor is not None:
+            params["cursor"] = cursor
+        page: Page[T] = yield Request(method="GET", path=path, parse=page_type.model_validate_json, params=params)
+        found += page.items
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    return found
+
+
+def _path(*parts: str) -> str:
+    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def _nothing(_: bytes) -> None:
+    return None

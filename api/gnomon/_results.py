@@ -1,0 +1,26 @@
+"""What a job that has ended amounts to: its typed result, or the error it ended with."""
+
+from __future__ import annotations
+
+from gnomon.errors import Conflict, JobFailed
+from gnomon.resources import TERMINAL_STATES, EvaluateResult, HarvestResult, Job, TrainResult
+
+JobResult = HarvestResult | TrainResult | EvaluateResult
+_RESULTS: dict[str, type[JobResult]] = {
+    "harvest": HarvestResult,
+    "train": TrainResult,
+    "evaluate": EvaluateResult,
+}
+
+
+def result_of(job: Job) -> JobResult:
+    """The result of a job; raises JobFailed if it did not succeed, Conflict if it has not ended."""
+    if job.state == "succeeded":
+        return _RESULTS[job.kind].model_validate(job.result)
+    if job.state not in TERMINAL_STATES:
+        raise Conflict(f"job {job.id} is {job.state}; wait() for it first", code="job_not_finished")
+    if job.state == "cancelled":
+        raise JobFailed(f"job {job.id} was cancelled", code="job_cancelled", job_id=job.id)
+    message = job.error.message if job.error else "no reason is recorded"
+    code = job.error.code if job.error else None
+    raise JobFailed(f"job {job.id} failed: {message}", code=code, job_id=job.id)

@@ -1,0 +1,114 @@
+"""What the CLI writes: tables for people, JSON for programs, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gnomon.errors import GnomonError
+from gnomon.resources import Event, Job
+
+_HINTS = {
+    "unauthenticated": "set GNOMON_API_KEY; on the service's host, `gnomon keys create` makes a key",
+    "forbidden": "this needs a key with another scope; see `gnomon keys list`",
+    "job_failed": "see `gnomon logs JOB` for what happened",
+}
+
+
+def out() -> Console:
+    """Standard output; wide where nobody looks, so that nothing is cut in a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+
+
+def plain(value: object) -> str:
+    """Text that cannot move a cursor or colour a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Aligned columns without lines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(plain(value)) for value in row))
+    out().print(table)
+
+
+def show_pairs(pairs: Iterable[tuple[str, object]]) -> None:
+    """Names and values, one pair a line; pairs without a value are left out."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        if value not in (None, ""):
+            table.add_row(name, Text(plain(value)))
+    out().print(table)
+
+
+def show_json(value: BaseModel | Sequence[BaseModel]) -> None:
+    """One JSON document: an object, or an array."""
+    data: Any = (
+        value.model_dump(mode="json")
+        if isinstance(value, BaseModel)
+        else [item.model_dump(mode="json") for item in value]
+    )
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_line(text: str) -> None:
+    """One line of plain text."""
+    out().print(Text(plain(text)), soft_wrap=True)
+
+
+def show_error(error: Exception) -> None:
+    """One line that says what is wrong, and one that says what to do, where there is more to say."""
+    console = Console(stderr=True, highlight=False)
+    console.print(Text("error: ", style="bold red") + Text(plain(error)), soft_wrap=True)
+    hint = _HINTS.get(error.code) if isinstance(error, GnomonError) else None
+    if hint:
+        console.print(Text("hint: ", style="bold") + Text(hint), soft_wrap=True)
+
+
+def show_note(text: str) -> None:
+    """A remark on standard error, where it does not disturb a pipe."""
+    Console(stderr=True, highlight=False).print(Text(plain(text)), soft_wrap=True)
+
+
+def moment(time: datetime | None) -> str:
+    """A time in this machine's zone, to the second."""
+    return "" if time is None else time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def progress_text(job: Job) -> str:
+    """How far a running job is."""
+    if job.progress is None or job.state != "running":
+        return ""
+    progress = job.progress
+    if not progress.total:
+        return f"{progress.phase} {progress.done:,} {progress.unit}"
+    return f"{progress.phase} {progress.done / progress.total:.0%}"
+
+
+def event_text(event: Event) -> str:
+    """One line of a job's log."""
+    match event.kind, event.data:
+        case "state", {"to": to, **rest}:
+            text = f"{rest.get('from') or '-'} -> {to}"
+        case "log", {"message": message}:
+            text = str(message)
+        case _, data:
+            text = " ".join(f"{name}={_short(value)}" for name, value in data.items())
+    return f"{moment(event.created_at)}  #{event.attempt}  {event.kind:<10}  {text}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

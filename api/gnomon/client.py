@@ -1,0 +1,272 @@
+"""The SDK: `Client` blocks, `AsyncClient` awaits; both are thin shells over the same requests.
+
+client = gnomon.Client()
+result = client.submit(gnomon.TrainSpec(...)).wait()
+client.dictionary(result.dictionary_id).download("my-dictionary")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack, cast, overload
+
+import httpx2
+
+from gnomon import _requests
+from gnomon._download import plan_download
+from gnomon._http import Session
+from gnomon._requests import SubmitOptions, Submittable
+from gnomon._results import JobResult, result_of
+from gnomon._settings import resolve_settings
+from gnomon._sse import GLANCE_S, Deadline, EventCursor
+from gnomon.errors import Unavailable
+from gnomon.progress import Display, make_display
+from gnomon.resources import (
+    TERMINAL_STATES,
+    ActivationStore,
+    ApiKey,
+    Cluster,
+    Dictionary,
+    EvaluateResult,
+    Event,
+    HarvestResult,
+    Job,
+    JobKind,
+    JobState,
+    NewApiKey,
+    TrainResult,
+)
+from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
+
+R_co = TypeVar("R_co", bound=JobResult, covariant=True)
+
+
+class Client:
+    """A connection to a Gnomon service.
+
+    The URL and the key come from the arguments, else from GNOMON_URL and GNOMON_API_KEY, else from the file
+    that `gnomon up` writes. `timeout_s` is the longest wait for bytes. `transport` replaces the network.
+    Requests that may be repeated are, after connection errors and 503; every method raises errors of
+    `gnomon.errors` only.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        key: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._session = Session(resolve_settings(url, key, timeout_s=timeout_s), transport)
+
+    @property
+    def url(self) -> str:
+        """The service's URL."""
+        return self._session.settings.url
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @overload
+    def submit(self, spec: HarvestSpec, **options: Unpack[SubmitOptions]) -> JobHandle[HarvestResult]: ...
+    @overload
+    def submit(self, spec: TrainSpec, **options: Unpack[SubmitOptions]) -> JobHandle[TrainResult]: ...
+    @overload
+    def submit(self, spec: EvaluateSpec, **options: Unpack[SubmitOptions]) -> JobHandle[EvaluateResult]: ...
+    @overload
+    def submit(
+        self, spec: JobRequest | Mapping[str, Any], **options: Unpack[SubmitOptions]
+    ) -> JobHandle[JobResult]: ...
+
+    def submit(self, spec: Submittable, **options: Unpack[SubmitOptions]) -> JobHandle[Any]:
+        """Queue a job and return at once.
+
+        Options: name, priority, max_attempts, deadline_s as in JobRequest, and idempotency_key: the same key
+        with the same spec gives the same job, however often it is sent; without one, each call is a new job.
+        Raises InvalidRequest where the spec can never work.
+        """
+        return JobHandle(self, self._session.send(_requests.submit(spec, options)))
+
+    def jobs(self, *, state: JobState | None = None, kind: JobKind | None = None, limit: int | None = 100) -> list[Job]:
+        """Jobs, newest first; limit=None for all."""
+        return self._session.run(_requests.jobs(state=state, kind=kind, limit=limit))
+
+    def job(self, job_id: str) -> JobHandle[JobResult]:
+        """A job by id."""
+        return JobHandle(self, self._session.send(_requests.job(job_id)))
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask a job to stop; a job that has ended stays as it is."""
+        return self._session.send(_requests.cancel(job_id))
+
+    def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
+        """Events of a job with id > after; with follow=True, also those to come until it ends."""
+        if follow:
+            return self._follow(EventCursor(job_id=job_id, after=after))
+        return iter(self._session.run(_requests.events(job_id, after)))
+
+    def activations(self, *, limit: int | None = 100) -> list[ActivationStore]:
+        """Activation stores, newest first; limit=None for all."""
+        return self._session.run(_requests.activations(limit))
+
+    def activation_store(self, store_id: str) -> ActivationStore:
+        """An activation store by id."""
+        return self._session.send(_requests.activation_store(store_id))
+
+    def dictionaries(self, *, limit: int | None = 100) -> list[Dictionary]:
+        """Published dictionaries, newest first; limit=None for all."""
+        return self._session.run(_requests.dictionaries(limit))
+
+    def dictionary(self, dictionary_id: str) -> RemoteDictionary:
+        """A published dictionary by id."""
+        return RemoteDictionary(self, self._session.send(_requests.dictionary(dictionary_id)))
+
+    def keys(self) -> list[ApiKey]:
+        """API keys of this project, without their secrets."""
+        return self._session.run(_requests.keys(None))
+
+    def create_key(
+        self, name: str, *, scopes: tuple[str, ...] = ("read", "write"), expires_in_s: int | None = None
+    ) -> NewApiKey:
+        """Make an API key; the answer is the only place where its text is ever shown."""
+        return self._session.send(_requests.create_key(name, scopes, expires_in_s))
+
+    def revoke_key(self, key_id: str) -> None:
+        """Revoke an API key."""
+        self._session.send(_requests.revoke_key(key_id))
+
+    def cluster(self) -> Cluster:
+        """What the service can run on."""
+        return self._session.send(_requests.cluster())
+
+    def _follow(self, cursor: EventCursor) -> Iterator[Event]:
+        cursor.begin()
+        while not cursor.is_over():
+            error: Unavailable | None = None
+            try:
+                with self._session.stream(cursor.connect(), cursor.read_timeout_s) as response:
+                    for line in response.iter_lines():
+                        event = cursor.feed(line)
+                        if event is not None:
+                            yield event
+                        if cursor.is_over():
+                            return
+            except Unavailable as lost:
+                error = lost
+            if error is None and cursor.is_idle and self.job(cursor.job_id).state in TERMINAL_STATES:
+                return
+            time.sleep(cursor.disconnected(error))
+
+    def _download(self, dictionary: Dictionary, folder: Path) -> Path:
+        for download in plan_download(dictionary, folder):
+            with (
+                download.writer() as file,
+                self._session.stream(download.request, self._session.settings.timeout_s) as response,
+            ):
+                for piece in response.iter_bytes():
+                    file.write(piece)
+        return folder
+
+
+class JobHandle(Generic[R_co]):
+    """A job on the service; `job` is what was last seen of it."""
+
+    def __init__(self, client: Client, job: Job) -> None:
+        self._client = client
+        self.job = job
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.job.id
+
+    @property
+    def state(self) -> JobState:
+        """The state last seen; `refresh` asks again."""
+        return self.job.state
+
+    @property
+    def result(self) -> R_co:
+        """The result last seen; raises JobFailed if the job ended otherwise, Conflict if it has not ended."""
+        return cast(R_co, result_of(self.job))
+
+    def refresh(self) -> Job:
+        """Ask the service how the job is."""
+        self.job = self._client.job(self.id).job
+        return self.job
+
+    def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> R_co:
+        """Block until the job has ended and return its result; progress=True shows bars meanwhile.
+
+        Jobs that this one depends on are waited for and shown first. Raises JobFailed with the service's
+        reason, TimeoutError after timeout_s (the job goes on).
+        """
+        deadline = Deadline.after(timeout_s)
+        self.refresh()
+        with make_display(progress) as display:
+            for job_id in self.job.depends_on if self.state not in TERMINAL_STATES else ():
+                self._watch(self._client.job(job_id).job, display, deadline)
+            self.job = self._watch(self.job, display, deadline)
+        return self.result
+
+    def _watch(self, job: Job, display: Display, deadline: Deadline) -> Job:
+        """Show a job until it ends; a dependency only as long as this job waits for it."""
+        is_dependency = job.id != self.id
+        cursor = EventCursor(job_id=job.id, deadline=deadline, glance_s=GLANCE_S if is_dependency else None)
+        display.begin(job)
+        while job.state not in TERMINAL_STATES:
+            if is_dependency and (self.refresh()).state in TERMINAL_STATES:
+                break
+            for event in self._client._follow(cursor):
+                display.show(job, event)
+            job = self._client.job(job.id).job
+        display.end(job)
+        return job
+
+    def cancel(self) -> Job:
+        """Ask the job to stop."""
+        self.job = self._client.cancel(self.id)
+        return self.job
+
+    def events(self, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
+        """Events of the job with id > after; with follow=True, also those to come until it ends."""
+        return self._client.events(self.id, after=after, follow=follow)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.job.kind} {self.state}>"
+
+
+class RemoteDictionary:
+    """A published dictionary on the service; `info` is its description."""
+
+    def __init__(self, client: Client, info: Dictionary) -> None:
+        self._client = client
+        self.info = info
+
+    @property
+    def id(self) -> str:
+        """The dictionary's id."""
+        return self.info.id
+
+    def download(self, path: str | Path | None = None) -> Path:
+        """Fetch all files into a folder (default: one named by the id, here); returns the folder.
+
+        Raises CorruptArtifact where a file does not arrive in its full length.
+        """
+        return self._client._download(self.info, Path(path if path is not None else self.id))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.info.hook_name} d_sae={self.info.d_sae}>"

@@ -1,0 +1,68 @@
+"""Pictures of a dictionary and of its training, as Plotly figures; needs the extra `viz`.
+
+client = gnomon.Client()
+figures.alignment_histogram(client.dictionary(id).info.metrics).show()
+figures.training_curves(client.events(job_id)).write_html("training.html")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from gnomon.errors import NotFound
+from gnomon.resources import Event
+
+_CURVES = {
+    "fvu": "FVU (batch)",
+    "l0": "L0",
+    "dead_fraction": "dead fraction",
+    "alignment_min": "alignment, lowest",
+}
+
+
+def alignment_histogram(metrics: Mapping[str, Any]) -> go.Figure:
+    """Features by their alignment score <encoder, decoder>, from a dictionary's metrics; 1 is aligned."""
+    histogram = _part(_part(metrics, "alignment"), "histogram")
+    figure = _bars(histogram["edges"], histogram["counts"])
+    return figure.update_layout(title="Alignment", xaxis_title="encoder . decoder", yaxis_title="features")
+
+
+def density_histogram(metrics: Mapping[str, Any]) -> go.Figure:
+    """Features by how often they fire on held-out activations, from a dictionary's metrics."""
+    histogram = _part(metrics, "density_histogram")
+    figure = _bars(histogram["log10_edges"], histogram["counts"])
+    return figure.update_layout(title="Density", xaxis_title="log10 of firing frequency", yaxis_title="features")
+
+
+def training_curves(events: Iterable[Event]) -> go.Figure:
+    """FVU, L0, dead fraction and alignment by step, from a train job's events.
+
+    A step that a later attempt repeated is drawn once. Raises NotFound where there are no metrics.
+    """
+    by_step = {event.data["step"]: event.data for event in events if event.kind == "metrics"}
+    if not by_step:
+        raise NotFound("these events hold no metrics; a train job has some once it runs", code="no_metrics")
+    steps = sorted(by_step)
+    figure = make_subplots(rows=2, cols=2, subplot_titles=list(_CURVES.values()), shared_xaxes=True)
+    for number, name in enumerate(_CURVES):
+        line = go.Scatter(x=steps, y=[by_step[step][name] for step in steps], mode="lines", name=name)
+        figure.add_trace(line, row=number // 2 + 1, col=number % 2 + 1)
+    return figure.update_layout(title="Training", showlegend=False)
+
+
+def _bars(edges: list[float], counts: list[float]) -> go.Figure:
+    """Bars between edges; equal edges (every score the same) still show."""
+    widths = [max(hi - lo, 1e-9) for lo, hi in pairwise(edges)]
+    return go.Figure(go.Bar(x=edges[:-1], y=counts, width=widths, offset=0))
+
+
+def _part(metrics: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = metrics.get(name)
+    if not isinstance(part, Mapping):
+        raise NotFound(f"these metrics have no {name!r}; train or evaluate with evaluation on", code="no_metrics")
+    return part

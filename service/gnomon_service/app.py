@@ -1,0 +1,72 @@
+"""The REST API as an ASGI application. Imports neither Ray nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import gnomon
+from gnomon_service.auth import Keys
+from gnomon_service.db.engine import Database
+from gnomon_service.deps import Services
+from gnomon_service.gate import KeyGate
+from gnomon_service.limits import BodyLimits
+from gnomon_service.metrics import Metrics, RequestMetrics
+from gnomon_service.problems import add_problem_handlers
+from gnomon_service.queue import Queue
+from gnomon_service.routes import activations, cluster, dictionaries, health, jobs, keys
+from gnomon_service.settings import Settings
+from gnomon_storage.location import Location
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """The application, on a database whose schema is brought up to date first."""
+    settings.make_folders()
+    database = Database(settings.database_url)
+    database.migrate()
+    make_storage_root(settings)
+    services = Services(
+        settings=settings,
+        database=database,
+        queue=Queue(database, project_root=settings.project_root),
+        keys=Keys(database),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        database.close()
+
+    app = FastAPI(
+        title="Gnomon",
+        version=gnomon.__version__,
+        description="Distributed training of aligned sparse autoencoders.",
+        openapi_url="/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.services = services
+    app.state.metrics = Metrics()
+    for routes in (jobs, activations, dictionaries, keys, cluster, health):
+        app.include_router(routes.router)
+    add_problem_handlers(app)
+    # The last one added is the first one passed: count, then authenticate, then read the body.
+    app.add_middleware(
+        BodyLimits,
+        max_body_bytes=settings.max_body_bytes,
+        max_json_depth=settings.max_json_depth,
+        body_timeout_s=settings.body_timeout_s,
+    )
+    app.add_middleware(KeyGate, keys=services.keys)
+    app.add_middleware(RequestMetrics, metrics=app.state.metrics)
+    return app
+
+
+def make_storage_root(settings: Settings) -> None:
+    """Create the folder of a local storage root; other roots exist or are reported by /readyz."""
+    local = Location.open(settings.storage_root).local_path()
+    if local is not None:
+        local.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,218 @@
+"""Commands for the host that runs the service; the `gnomon` command finds them by their entry point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import uuid
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gnomon.errors import GnomonError, InvalidRequest
+
+if TYPE_CHECKING:
+    from gnomon_service.auth import Scope
+    from gnomon_service.db.engine import Database
+    from gnomon_service.settings import Settings
+
+# Heavy modules are imported by the command that needs them, so that `gnomon --help` stays quick.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+keys_app = typer.Typer(no_args_is_help=True, help="API keys, made on the host against the database.")
+db_app = typer.Typer(no_args_is_help=True, help="The database.")
+app.add_typer(keys_app, name="keys")
+app.add_typer(db_app, name="db")
+
+Home = Annotated[Path | None, typer.Option(help="Folder of database, store and logs; default ~/.gnomon.")]
+Project = Annotated[str, typer.Option(help="Whose key it is; projects do not see each other.")]
+
+
+def main() -> None:
+    """Run a command; an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except GnomonError as error:
+        _print_error(error)
+        sys.exit(1)
+
+
+@app.command(epilog="Example: `gnomon up --cpus 4`")
+def up(
+    home: Home = None,
+    host: Annotated[str | None, typer.Option(help="Address the API listens on.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port of the API; 0 = any.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use; default all.")] = None,
+) -> None:
+    """Run the whole service on this machine until Ctrl-C."""
+    from gnomon_service.logs import setup_logging
+    from gnomon_service.settings import load_settings
+    from gnomon_service.up import CLIENT_FILE, Embedded
+
+    settings = load_settings(home=home, host=host, port=port, n_cpus=cpus)
+    setup_logging("up", settings.log_level)
+    try:
+        with Embedded(settings) as service:
+            typer.echo(f"Gnomon is at {service.url}")
+            typer.echo(f"The API key is in {settings.home / CLIENT_FILE}; `gnomon` and the SDK find it there")
+            typer.echo(f"Logs are in {settings.home / 'logs'}; Ctrl-C stops everything")
+            sys.stdout.flush()
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        typer.echo("Stopped")
+
+
+@app.command()
+def api() -> None:
+    """Run the API process; settings come from GNOMON_* variables."""
+    import uvicorn
+
+    from gnomon_service.app import make_app
+    from gnomon_service.logs import setup_logging
+    from gnomon_service.settings import load_settings
+
+    settings = load_settings()
+    setup_logging("api", settings.log_level)
+    uvicorn.run(
+        make_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=30,
+    )
+
+
+@app.command()
+def dispatcher() -> None:
+    """Run the dispatcher process; SIGTERM leaves running jobs on the cluster for the next one."""
+    from gnomon_service.db.engine import Database
+    from gnomon_service.dispatcher import Dispatcher
+    from gnomon_service.lease import RetryPolicy
+    from gnomon_service.leases import Leases
+    from gnomon_service.logs import setup_logging
+    from gnomon_service.observed import Observations
+    from gnomon_service.processes import wait_for_address
+    from gnomon_service.settings import load_settings
+    from gnomon_workers.cluster import RayCluster
+
+    settings = load_settings()
+    settings.make_folders()
+    setup_logging("dispatcher", settings.log_level)
+    stop = threading.Event()
+    _set_on_signals(stop)
+    # Ray's own wait for a head ends this process after a while; here a cluster may come up as late as it likes.
+    if settings.ray_address is not None and not wait_for_address(settings.ray_address, stop):
+        return
+    database = Database(settings.database_url)
+    database.migrate()
+    cluster = RayCluster(address=settings.ray_address, namespace=settings.ray_namespace)
+    _set_on_signals(stop)  # again: connecting to Ray replaced the handlers
+    retry = RetryPolicy(base_s=settings.retry_base_s, cap_s=settings.retry_cap_s)
+    Dispatcher(
+        leases=Leases(database, lease_s=settings.lease_s, retry=retry),
+        observations=Observations(database),
+        cluster=cluster,
+        settings=settings,
+        owner=f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}",
+    ).run(stop)
+    database.close()
+
+
+@keys_app.command("create", epilog="Example: `gnomon keys create laptop --scope read --scope write`")
+def create_key(
+    name: Annotated[str, typer.Argument(help="A label for people.")] = "host",
+    project: Project = "default",
+    scope: Annotated[list[str] | None, typer.Option(help="read, write or admin; once per scope.")] = None,
+    expires_in_s: Annotated[int | None, typer.Option(min=1, help="Seconds until it expires.")] = None,
+    home: Home = None,
+) -> None:
+    """Make an API key and print it: the only time it is shown."""
+    from gnomon_service.auth import Keys
+
+    _, database = _open_database(home)
+    scopes = _check_scopes(scope or ["read", "write"])
+    made = Keys(database).create(project=_check_project(project), name=name, scopes=scopes, expires_in_s=expires_in_s)
+    typer.echo(made.key)
+    database.close()
+
+
+@keys_app.command("list")
+def list_keys(project: Project = "default", home: Home = None) -> None:
+    """List the API keys of a project, without their secrets."""
+    from gnomon_service.auth import Keys
+
+    _, database = _open_database(home)
+    for key in Keys(database).list(project):
+        typer.echo(key.model_dump_json())
+    database.close()
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="KEY", help="Id of a key.")],
+    project: Project = "default",
+    home: Home = None,
+) -> None:
+    """Revoke an API key; it is refused from now on."""
+    from gnomon_service.auth import Keys
+
+    _, database = _open_database(home)
+    Keys(database).revoke(project, key_id)
+    typer.echo(f"{key_id} is revoked")
+    database.close()
+
+
+@db_app.command("upgrade")
+def upgrade_database(home: Home = None) -> None:
+    """Bring the database's schema up to date; the service does this by itself when it starts."""
+    _, database = _open_database(home)
+    typer.echo("the schema is up to date")
+    database.close()
+
+
+def _open_database(home: Path | None) -> tuple[Settings, Database]:
+    from gnomon_service.db.engine import Database
+    from gnomon_service.settings import load_settings
+
+    settings = load_settings(home=home)
+    settings.make_folders()
+    database = Database(settings.database_url)
+    database.migrate()
+    return settings, database
+
+
+def _check_scopes(scopes: list[str]) -> tuple[Scope, ...]:
+    from gnomon_service.auth import SCOPES
+
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown:
+        raise InvalidRequest(f"scope {unknown[0]!r} is unknown; use one of: {', '.join(SCOPES)}", code="unknown_scope")
+    return tuple(scope for scope in SCOPES if scope in scopes)
+
+
+def _check_project(project: str) -> str:
+    if not (project.isascii() and project.replace("-", "").isalnum() and 1 <= len(project) <= 40):
+        raise InvalidRequest(
+            f"project {project!r} is not a name: use letters, digits and -, at most 40", code="bad_project"
+        )
+    return project
+
+
+def _set_on_signals(stop: threading.Event) -> None:
+    def on_signal(_: int, __: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+
+
+def _print_error(error: GnomonError) -> None:
+    typer.echo(f"error: {error.message} ({error.code})", err=True)

@@ -1,0 +1,120 @@
+"""Connections and transactions, the same on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Float, create_engine, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from gnomon.errors import Unavailable
+
+_MIGRATION_LOCK = 7_600_001
+
+
+class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function that it is
+    """The database's clock in seconds since 1970; leases know no other, so hosts' clocks may differ."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(database_now, "sqlite")
+def _now_on_sqlite(*_: Any, **__: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(database_now, "postgresql")
+def _now_on_postgresql(*_: Any, **__: Any) -> str:
+    # Not now(): that is when the transaction began, which may have waited for a lock since.
+    return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+class Database:
+    """One database by URL; safe to use from several threads."""
+
+    def __init__(self, url: str, *, busy_timeout_s: float = 10.0) -> None:
+        """busy_timeout_s: how long a writer waits for another one on SQLite."""
+        self._engine = _make_engine(url, busy_timeout_s)
+
+    @property
+    def dialect(self) -> str:
+        """ "sqlite" or "postgresql"."""
+        return self._engine.dialect.name
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may write; commits at the end. Raises Unavailable if there is no answer."""
+        with _mapped_errors(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads, and waits for no writer. Raises Unavailable like write()."""
+        with _mapped_errors(), self._engine.connect() as connection:
+            yield connection.execution_options(gnomon_read_only=True)
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; processes that start together wait for each other."""
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        with self.write() as connection:
+            if self.dialect == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        raise Unavailable("the database does not answer; try again shortly", code="database_unavailable") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise Unavailable("the connection to the database broke; try again", code="database_unavailable") from error
+        raise
+
+
+def _make_engine(url: str, busy_timeout_s: float) -> Engine:
+    parsed = make_url(url)
+    if parsed.drivername.startswith("postgresql"):
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            pool_size=10,
+            max_overflow=20,
+            connect_args={"connect_timeout": 5},
+        )
+    engine = create_engine(parsed, connect_args={"timeout": busy_timeout_s}, pool_size=10, max_overflow=20)
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
+    connection.isolation_level = None  # the driver would begin transactions late, and commit behind our back
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # IMMEDIATE takes the write lock first: a transaction that reads, then writes can never fail in between.
+    read_only = connection.get_execution_options().get("gnomon_read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

@@ -1,0 +1,181 @@
+"""The tables. Times are seconds since 1970 by the database's clock; JSON is kept as text in both dialects."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+LEGAL_TRANSITIONS: tuple[tuple[str, str], ...] = (
+    ("queued", "scheduled"),  # claimed
+    ("queued", "succeeded"),  # there was nothing to do: the store is sealed
+    ("queued", "failed"),  # deadline, or a dependency failed
+    ("queued", "cancelled"),
+    ("scheduled", "running"),
+    ("scheduled", "queued"),  # lost before it ran
+    ("scheduled", "failed"),
+    ("scheduled", "cancelled"),
+    ("running", "queued"),  # lost
+    ("running", "succeeded"),
+    ("running", "failed"),
+    ("running", "cancelled"),
+)
+"""Every change of a job's state that the database lets pass; copied into the table of the same name."""
+
+legal_transitions = Table(
+    "legal_transitions",
+    metadata,
+    Column("from_state", String(16), primary_key=True),
+    Column("to_state", String(16), primary_key=True),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("name", String(128), nullable=False, default=""),
+    Column("state", String(16), nullable=False, default="queued"),
+    Column("priority", Integer, nullable=False, default=0),
+    Column("spec", JSON, nullable=False),
+    Column("store_id", String(40), nullable=False),
+    Column("dictionary_id", String(40)),
+    Column("made_for", String(40)),  # the job that this harvest was made for, if nobody asked for it by itself
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("max_attempts", Integer, nullable=False),
+    Column("not_before", Float, nullable=False, default=0.0),
+    Column("deadline_at", Float),
+    Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("lease_owner", String(128)),
+    Column("lease_until", Float),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    Column("progress", JSON(none_as_null=True)),
+    Column("error_code", String(64)),
+    Column("error_message", String),
+    Column("result", JSON(none_as_null=True)),
+    Column("n_events", Integer, nullable=False, default=0),
+    Column("idempotency_key", String(255)),
+    Column("body_hash", String(64)),
+    UniqueConstraint("project", "idempotency_key"),
+    Index("ix_jobs_ready", "state", "priority", "created_at"),
+    Index("ix_jobs_of_project", "project", "created_at", "id"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("id", Integer, primary_key=True, autoincrement=False),  # 1, 2, 3, ... within the job
+    Column("attempt", Integer, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("data", JSON, nullable=False),
+)
+
+job_dependencies = Table(
+    "job_dependencies",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("depends_on", ForeignKey("jobs.id"), primary_key=True, index=True),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("lease_owner", String(128), nullable=False),
+    Column("state", String(16), nullable=False),  # live, succeeded, failed, lost or cancelled
+    Column("last_report_seq", Integer, nullable=False, default=0),
+    Column("started_at", Float, nullable=False),
+    Column("ended_at", Float),
+    Column("released", Boolean, nullable=False, default=False),  # nothing of it is left on the cluster
+    Column("code", String(64)),
+    Column("message", String),
+    Index("ix_attempts_unreleased", "released", "ended_at"),
+)
+
+activation_stores = Table(
+    "activation_stores",
+    metadata,
+    Column("project", String(64), primary_key=True),
+    Column("id", String(40), primary_key=True),
+    Column("state", String(16), nullable=False),  # harvesting, sealed or failed
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("n_rows", BigInteger),
+    Column("n_held_out_rows", BigInteger),
+    Column("n_bytes", BigInteger),
+    Column("hooks", JSON, nullable=False),
+    Column("location", String, nullable=False),
+    Column("spec", JSON, nullable=False),
+)
+
+dictionaries = Table(
+    "dictionaries",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("store_id", String(40), nullable=False),
+    Column("hook_name", String(256), nullable=False),
+    Column("d_in", Integer, nullable=False),
+    Column("d_sae", Integer, nullable=False),
+    Column("activation", String(32), nullable=False),
+    Column("alignment", String(16), nullable=False),
+    Column("location", String, nullable=False),
+    Column("files", JSON, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    ForeignKeyConstraint(["project", "store_id"], ["activation_stores.project", "activation_stores.id"]),
+    Index("ix_dictionaries_of_project", "project", "created_at", "id"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(12), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("secret_hash", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+)
+
+cluster = Table(
+    "cluster",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # always 1
+    Column("seen_at", Float),  # when the cluster answered last; NULL = never
+    Column("n_cpus", Float, nullable=False, default=0.0),
+    Column("n_gpus", Float, nullable=False, default=0.0),
+    Column("n_nodes", Integer, nullable=False, default=0),
+    Column("dispatcher_at", Float),  # when a dispatcher's loop last came round
+)

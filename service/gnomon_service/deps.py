@@ -1,0 +1,59 @@
+"""What the routes are given: the service's parts, and who is asking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+
+from gnomon_service.auth import Keys, Principal
+from gnomon_service.db.engine import Database
+from gnomon_service.queue import Queue
+from gnomon_service.reads import MAX_PAGE
+from gnomon_service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """The parts that every route works with."""
+
+    settings: Settings
+    database: Database
+    queue: Queue
+    keys: Keys
+
+
+def _services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+def _principal(request: Request) -> Principal:
+    principal = request.state.principal
+    assert isinstance(principal, Principal)
+    return principal
+
+
+def _reader(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
+    principal.require("read")
+    return principal
+
+
+def _writer(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
+    principal.require("write")
+    return principal
+
+
+def _admin(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
+    principal.require("admin")
+    return principal
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+Reader = Annotated[Principal, Depends(_reader)]
+Writer = Annotated[Principal, Depends(_writer)]
+Admin = Annotated[Principal, Depends(_admin)]
+Cursor = Annotated[str | None, Query(max_length=256, description="next_cursor of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items on the page at most.")]

@@ -1,0 +1,271 @@
+"""The dispatcher: leases jobs, runs them on a cluster, and writes down what they report.
+
+It holds no truth. Whatever it knows is in the database or on the cluster, so it may die at any moment: its
+leases pass, and the next dispatcher adopts the gangs it left running. `step` is one turn of its loop; `beat`
+renews leases from another thread, because a turn may wait for the cluster longer than a lease lasts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import assert_never
+
+from gnomon.errors import GnomonError, LeaseLost, Unavailable
+from gnomon_service.lease import HeldJob, Lease, Wish
+from gnomon_service.leases import Leases
+from gnomon_service.observed import Observations
+from gnomon_service.settings import Settings
+from gnomon_workers.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
+
+logger = logging.getLogger(__name__)
+
+_OBSERVE_S = 2.0
+_NO_WISH = Wish(cancel_requested=False, deadline_passed=False)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """A job that this dispatcher holds."""
+
+    held: HeldJob
+    is_started: bool
+    last_seq: int
+    cancelled_at: float | None = None
+    """When the cluster was asked to stop it, by the monotonic clock."""
+
+    @property
+    def lease(self) -> Lease:
+        return self.held.lease
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatcher:
+    """Runs the queue's jobs on one cluster."""
+
+    leases: Leases
+    observations: Observations
+    cluster: Cluster
+    settings: Settings
+    owner: str
+    """Unlike that of any other dispatcher, past or present."""
+    clock: Callable[[], float] = time.monotonic
+    _runs: dict[str, _Run] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _turned_at: float = field(default=0.0)
+    _observed_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._turned_at = self.clock()
+
+    # ------------------------------------------------------------------------------------------ loop
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set; then hand the leases back and leave the gangs running."""
+        beats = threading.Thread(target=self._beat_until, args=(stop,), name="beats", daemon=True)
+        beats.start()
+        while not stop.is_set():
+            try:
+                self.step()
+            except (Unavailable, ClusterUnreachable) as error:
+                logger.warning("turn cut short", extra={"reason": str(error)})
+            stop.wait(self.settings.poll_s)
+        beats.join()
+        self.hand_back()
+
+    def step(self) -> None:
+        """One turn: look, release what ended, adopt, watch what runs, start what is ready."""
+        self._turned_at = self.clock()
+        is_reachable = self._observe()
+        self.leases.sweep_deadlines()
+        for held in self.leases.adopt(self.owner):
+            logger.info("job adopted", extra={"job_id": held.lease.job_id, "attempt": held.lease.attempt})
+            self._hold(held)
+        wishes = self.leases.wishes(self.owner)
+        for run in self._held_runs():
+            self._guard(run, wishes.get(run.lease.job_id, _NO_WISH))
+        if not is_reachable:
+            return
+        self._release()
+        while len(self._runs) < self.settings.max_running_jobs:
+            claimed = self.leases.claim(self.owner)
+            if claimed is None:
+                return
+            logger.info("job claimed", extra={"job_id": claimed.lease.job_id, "attempt": claimed.lease.attempt})
+            self._guard(self._hold(claimed), _NO_WISH)
+
+    def beat(self) -> None:
+        """Renew every lease, unless the loop has stood still for too long: then let another take over."""
+        if self.clock() - self._turned_at > self.settings.stall_s:
+            logger.error("loop stands still; leases are left to pass", extra={"owner": self.owner})
+            return
+        for run in self._held_runs():
+            try:
+                self.leases.renew(run.lease)
+            except LeaseLost:
+                continue  # the next write of the loop meets it too, and acts on it
+
+    def hand_back(self) -> None:
+        """Let go of every lease at once; the gangs go on and are adopted."""
+        for run in self._held_runs():
+            try:
+                self.leases.hand_back(run.lease)
+            except (LeaseLost, Unavailable) as error:
+                logger.warning("lease not handed back", extra={"job_id": run.lease.job_id, "reason": str(error)})
+            self._drop(run)
+
+    def _beat_until(self, stop: threading.Event) -> None:
+        while not stop.wait(self.settings.beat_s):
+            try:
+                self.beat()
+            except Unavailable as error:
+                logger.warning("leases not renewed", extra={"reason": str(error)})
+
+    # ------------------------------------------------------------------------------------------ one job
+
+    def _guard(self, run: _Run, wish: Wish) -> None:
+        """Move one job on; whatever goes wrong with it is noted on it, and harms no other."""
+        job = {"job_id": run.lease.job_id, "attempt": run.lease.attempt}
+        try:
+            self._advance(run, wish)
+        except ClusterUnreachable as error:
+            logger.warning("cluster unreachable; the job is left alone", extra={**job, "reason": str(error)})
+        except LeaseLost as error:
+            self._let_go(run, error)
+        except Unavailable:
+            raise
+        except GnomonError as error:
+            logger.warning("job failed", extra={**job, "code": error.code})
+            self._end(run, partial(self.leases.fail, run.lease, code=error.code, message=error.message))
+        except Exception as error:  # the outermost frame of an attempt: one job must not stop the others
+            logger.exception("attempt lost", extra=job)
+            message = f"{type(error).__name__}: {error}"
+            self._end(run, partial(self.leases.lose, run.lease, message))
+
+    def _advance(self, run: _Run, wish: Wish) -> None:
+        if wish.deadline_passed:
+            message = "the deadline passed before the job was done"
+            self._end(run, partial(self.leases.fail, run.lease, code="deadline_exceeded", message=message))
+            return
+        if not run.is_started:
+            if wish.cancel_requested:
+                self._end(run, partial(self.leases.cancelled, run.lease))
+                return
+            self._start(run)
+        self._watch(run, wish)
+
+    def _start(self, run: _Run) -> None:
+        self.leases.renew(run.lease)  # a dispatcher that slept since its claim must not begin a stale attempt
+        self.cluster.start(make_assignment(run.held, self.settings))
+        self.leases.mark_running(run.lease)
+        run.is_started = True
+
+    def _watch(self, run: _Run, wish: Wish) -> None:
+        poll = self.cluster.poll(run.lease.job_id, run.lease.attempt, run.last_seq)
+        if poll is None:
+            self._end(run, partial(self.leases.lose, run.lease, "the cluster no longer knows the attempt"))
+            return
+        if poll.reports:
+            reports = [(report.seq, report.kind, report.data) for report in poll.reports]
+            run.last_seq = self.leases.record(run.lease, reports)
+        if poll.outcome is not None:
+            self._settle(run, poll.outcome, is_cancelled=wish.cancel_requested or run.cancelled_at is not None)
+        elif wish.cancel_requested or run.cancelled_at is not None:
+            self._stop(run)
+
+    def _stop(self, run: _Run) -> None:
+        """Ask a job to stop, once; after the grace, end it."""
+        if run.cancelled_at is None:
+            self.cluster.cancel(run.lease.job_id, run.lease.attempt)
+            run.cancelled_at = self.clock()
+        elif self.clock() - run.cancelled_at >= self.settings.cancel_grace_s:
+            self.cluster.kill(run.lease.job_id, run.lease.attempt)
+            self._end(run, partial(self.leases.cancelled, run.lease))
+
+    def _settle(self, run: _Run, outcome: Outcome, *, is_cancelled: bool) -> None:
+        message = outcome.message or "no reason was given"
+        match outcome.status:
+            case "succeeded":
+                self._end(run, partial(self.leases.succeed, run.lease, outcome.result))
+            case "failed":
+                code = outcome.code or "job_failed"
+                self._end(run, partial(self.leases.fail, run.lease, code=code, message=message))
+            case "cancelled" if is_cancelled:
+                self._end(run, partial(self.leases.cancelled, run.lease))
+            case "lost" | "cancelled":
+                self._end(run, partial(self.leases.lose, run.lease, message))
+            case _:
+                assert_never(outcome.status)
+
+    def _end(self, run: _Run, write: Callable[[], None]) -> None:
+        """Write how an attempt ended, then forget it; the next turn releases what it left behind."""
+        try:
+            write()
+        except LeaseLost as error:
+            self._let_go(run, error)
+            return
+        logger.info("attempt ended", extra={"job_id": run.lease.job_id, "attempt": run.lease.attempt})
+        self._drop(run)
+
+    def _let_go(self, run: _Run, error: LeaseLost) -> None:
+        """Forget a job that is no longer ours; end its gang, unless another dispatcher adopted it."""
+        logger.warning("lease lost", extra={"job_id": run.lease.job_id, "attempt": run.lease.attempt})
+        self._drop(run)
+        if not error.detail.get("is_adopted"):
+            self.cluster.kill(run.lease.job_id, run.lease.attempt)
+
+    # ------------------------------------------------------------------------------------------ bookkeeping
+
+    def _observe(self) -> bool:
+        """Note the cluster's resources now and then; whether the cluster answers."""
+        now = self.clock()
+        if self._observed_at is not None and now - self._observed_at < _OBSERVE_S:
+            return True
+        try:
+            snapshot = self.cluster.snapshot()
+        except ClusterUnreachable as error:
+            logger.warning("cluster unreachable", extra={"reason": str(error)})
+            self.observations.note(None)
+            return False
+        self.observations.note(snapshot)
+        self._observed_at = now
+        return True
+
+    def _release(self) -> None:
+        """Free what ended attempts hold on the cluster, also those of dispatchers that died."""
+        for job_id, attempt in self.leases.unreleased():
+            self.cluster.kill(job_id, attempt)
+            self.leases.mark_released([(job_id, attempt)])
+
+    def _hold(self, held: HeldJob) -> _Run:
+        run = _Run(held=held, is_started=held.is_running, last_seq=held.last_report_seq)
+        with self._lock:
+            self._runs[held.lease.job_id] = run
+        return run
+
+    def _drop(self, run: _Run) -> None:
+        with self._lock:
+            self._runs.pop(run.lease.job_id, None)
+
+    def _held_runs(self) -> list[_Run]:
+        with self._lock:
+            return list(self._runs.values())
+
+
+def make_assignment(held: HeldJob, settings: Settings) -> Assignment:
+    """What the workers need to know of a job."""
+    return Assignment(
+        job_id=held.lease.job_id,
+        attempt=held.lease.attempt,
+        project=held.project,
+        kind=held.kind,
+        spec=held.spec,
+        storage_root=f"{settings.project_root}/{held.project}",
+        input_roots=settings.input_roots,
+        store_id=held.store_id,
+        dictionary_id=held.dictionary_id,
+    )

@@ -1,0 +1,56 @@
+"""What a dispatcher holds: leases, the jobs under them, and how long a lost job waits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gnomon.resources import JobKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right to write for one attempt at one job."""
+
+    job_id: str
+    attempt: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldJob:
+    """A job under lease, as it was when it was claimed or adopted."""
+
+    lease: Lease
+    project: str
+    kind: JobKind
+    spec: Mapping[str, Any]
+    store_id: str
+    dictionary_id: str | None
+    is_running: bool
+    """Whether its attempt was started on the cluster for certain."""
+    last_report_seq: int
+    """Reports up to this one are stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is wanted of a job that runs."""
+
+    cancel_requested: bool
+    deadline_passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """Pauses between attempts: base_s * 2^(attempt - 1), at most cap_s, times a random 0.5 to 1."""
+
+    base_s: float = 1.0
+    cap_s: float = 60.0
+
+    def delay_s(self, attempt: int) -> float:
+        """Pause after this attempt was lost."""
+        full = min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32))
+        return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret

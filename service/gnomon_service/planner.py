@@ -1,0 +1,180 @@
+"""What is checked before a job is queued: everything about it that can be known by then.
+
+A request that passes names sources that exist, hooks the model has, and a mesh the cluster can hold; one that does
+not is refused with a code and a sentence, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from gnomon.errors import Conflict, InvalidRequest
+from gnomon.resources import ActivationStore, Cluster
+from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, Mesh, StoredActivations, TrainSpec
+from gnomon_service.db.engine import Database
+from gnomon_service.queue import Plan
+from gnomon_service.reads import find_store, read_cluster, read_dictionary, read_store
+from gnomon_service.settings import Settings
+from gnomon_storage.activations import ActivationStore as StoredRows
+from gnomon_storage.location import Location
+from gnomon_workers.harvest import catalog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where training rows come from."""
+
+    store_id: str
+    hooks: dict[str, int | None]
+    """Hook -> d_in; None where only the run will tell."""
+
+
+def check_job(request: JobRequest, project: str, database: Database, settings: Settings) -> Plan:
+    """The plan of a request; raises InvalidRequest, NotFound, Conflict or CorruptArtifact. Queues nothing."""
+    match request.spec:
+        case HarvestSpec() as spec:
+            return _check_harvest(spec, settings)[0]
+        case TrainSpec() as spec:
+            return _check_train(spec, project, database, settings)
+        case EvaluateSpec() as spec:
+            return _check_evaluate(spec, project, database)
+
+
+# ---------------------------------------------------------------------------------------------- harvest
+
+
+def _check_harvest(spec: HarvestSpec, settings: Settings) -> tuple[Plan, dict[str, int | None]]:
+    """The plan, with the model's revision pinned, and the width of each hook."""
+    model = catalog.describe_model(spec.model, settings.input_roots)
+    for hook in spec.hooks:
+        catalog.check_hook(hook, model)
+    catalog.check_context_length(spec.context_length, model)
+    text = catalog.check_text(spec.text, settings.input_roots)
+    pinned = spec.model_copy(
+        update={"model": spec.model.model_copy(update={"revision": model.revision or spec.model.revision})}
+    )
+    store_id = catalog.store_id(pinned, model.fingerprint, text)
+    return Plan(spec=pinned, store_id=store_id), {hook: model.hooks.get(hook) for hook in spec.hooks}
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+
+def _check_train(spec: TrainSpec, project: str, database: Database, settings: Settings) -> Plan:
+    if spec.target_hook_name not in (None, spec.hook_name):
+        raise InvalidRequest(
+            f"target_hook_name={spec.target_hook_name!r} asks for a transcoder, and training transcoders is not "
+            "offered yet; leave target_hook_name out",
+            code="transcoder_unsupported",
+        )
+    if isinstance(spec.activations, StoredActivations):
+        source = _stored_source(spec.activations.id, project, database)
+        pinned = spec
+    else:
+        source, pinned = _harvested_source(spec, spec.activations, project, database, settings)
+    hook_name = _choose_hook(spec.hook_name, source)
+    _check_shape(spec, source.hooks[hook_name], database)
+    return Plan(spec=pinned, store_id=source.store_id)
+
+
+def _stored_source(store_id: str, project: str, database: Database) -> _Source:
+    with database.read() as connection:
+        store = read_store(connection, project, store_id)
+    if store.state != "sealed":
+        raise Conflict(
+            f"activation store {store_id!r} is {store.state}, not sealed; wait for job {store.job_id!r}, or give "
+            "its harvest spec instead of its id, and the service waits by itself",
+            code="store_not_sealed",
+        )
+    _check_bytes(store)
+    return _Source(store_id=store_id, hooks=dict(store.hooks))
+
+
+def _harvested_source(
+    spec: TrainSpec, harvest: HarvestSpec, project: str, database: Database, settings: Settings
+) -> tuple[_Source, TrainSpec]:
+    plan, hooks = _check_harvest(harvest, settings)
+    with database.read() as connection:
+        store = find_store(connection, project, plan.store_id)
+    if store is not None and store.state == "sealed":
+        _check_bytes(store)
+        hooks = dict(store.hooks)
+    return _Source(store_id=plan.store_id, hooks=hooks), spec.model_copy(update={"activations": plan.spec})
+
+
+def _choose_hook(name: str | None, source: _Source) -> str:
+    known = sorted(source.hooks)
+    if name is None:
+        if len(known) == 1:
+            return known[0]
+        raise InvalidRequest(
+            f"the store holds {len(known)} hooks ({', '.join(known)}); name one as hook_name",
+            code="hook_name_required",
+            hooks=known,
+        )
+    if name not in source.hooks:
+        near = get_close_matches(name, known, n=len(known), cutoff=0.0)
+        raise InvalidRequest(
+            f"hook_name={name!r} is not in the store; it holds {', '.join(near)}", code="unknown_hook", hooks=near
+        )
+    return name
+
+
+def _check_shape(spec: TrainSpec, d_in: int | None, database: Database) -> None:
+    d_sae = spec.d_sae
+    if d_in is not None:
+        try:
+            d_sae = spec.resolve_d_sae(d_in)
+        except ValueError as error:
+            raise InvalidRequest(f"spec: {error}", code="invalid_spec") from error
+    if isinstance(spec.mesh, Mesh):
+        with database.read() as connection:
+            _check_mesh(spec, spec.mesh, d_sae, read_cluster(connection))
+
+
+def _check_mesh(spec: TrainSpec, mesh: Mesh, d_sae: int | None, cluster: Cluster) -> None:
+    """Raise InvalidRequest if the cluster, as it was last seen, cannot hold the mesh."""
+    if cluster.seen_at is None:
+        return
+    n_places, what = (cluster.n_gpus, "GPUs") if cluster.n_gpus > 0 else (cluster.n_cpus, "CPUs")
+    n_ranks = mesh.dp * mesh.features
+    if n_ranks <= n_places:
+        return
+    fitting = _fitting_meshes(spec, d_sae, int(n_places))
+    raise InvalidRequest(
+        f"mesh {mesh.dp} x {mesh.features} needs {n_ranks} ranks, and the cluster has {n_places:g} {what}; "
+        f"as dp x features these fit: {', '.join(fitting)}; or set mesh to 'auto'",
+        code="mesh_does_not_fit",
+        n_ranks=n_ranks,
+        n_places=n_places,
+        fitting=fitting,
+    )
+
+
+def _fitting_meshes(spec: TrainSpec, d_sae: int | None, n_places: int) -> list[str]:
+    """The largest meshes that the cluster holds and that divide batch and dictionary, largest first."""
+    fitting = [
+        (dp, features)
+        for dp in range(1, n_places + 1)
+        for features in range(1, n_places // dp + 1)
+        if spec.batch_size % dp == 0 and (d_sae is None or d_sae % features == 0)
+    ]
+    largest = sorted(fitting, key=lambda mesh: (-mesh[0] * mesh[1], mesh[0]))[:8]
+    return [f"{dp} x {features}" for dp, features in largest]
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+def _check_evaluate(spec: EvaluateSpec, project: str, database: Database) -> Plan:
+    with database.read() as connection:
+        dictionary = read_dictionary(connection, project, spec.dictionary)
+        store = read_store(connection, project, dictionary.store_id)
+    _check_bytes(store)
+    return Plan(spec=spec, store_id=store.id)
+
+
+def _check_bytes(store: ActivationStore) -> None:
+    """Raise CorruptArtifact if the store's files are not all there in full size."""
+    StoredRows.open(Location.open(store.location)).check_quick()

@@ -1,0 +1,27 @@
+"""/v1/activations: the stores of this project."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from gnomon.resources import ActivationStore, Page
+from gnomon_service import reads
+from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep
+
+router = APIRouter(prefix="/v1/activations", tags=["activations"])
+
+
+@router.get("")
+def list_stores(
+    principal: Reader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
+) -> Page[ActivationStore]:
+    """Activation stores, newest first."""
+    with services.database.read() as connection:
+        return reads.list_stores(connection, principal.project, cursor=cursor, limit=limit)
+
+
+@router.get("/{store_id}")
+def read_store(store_id: str, principal: Reader, services: ServicesDep) -> ActivationStore:
+    """One activation store."""
+    with services.database.read() as connection:
+        return reads.read_store(connection, principal.project, store_id)

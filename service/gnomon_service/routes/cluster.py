@@ -1,0 +1,18 @@
+"""/v1/cluster: what jobs can run on."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from gnomon.resources import Cluster
+from gnomon_service import reads
+from gnomon_service.deps import Reader, ServicesDep
+
+router = APIRouter(prefix="/v1/cluster", tags=["cluster"])
+
+
+@router.get("")
+def read_cluster(_: Reader, services: ServicesDep) -> Cluster:
+    """What the dispatcher last saw of the cluster."""
+    with services.database.read() as connection:
+        return reads.read_cluster(connection)

@@ -1,0 +1,108 @@
+"""/v1/jobs: submit, look, cancel, and follow."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from gnomon.errors import InvalidRequest
+from gnomon.resources import Event, Job, JobKind, JobState, Page
+from gnomon.specs import JobRequest
+from gnomon_service import reads
+from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep, Writer
+from gnomon_service.planner import check_job
+from gnomon_service.sse import EventStream
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Same key, same request: same job."),
+]
+
+
+@router.post("", status_code=201)
+def submit_job(
+    body: JobRequest,
+    response: Response,
+    principal: Writer,
+    services: ServicesDep,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Check a job and queue it."""
+    queue, project = services.queue, principal.project
+    job = queue.find_by_key(project, idempotency_key, body) if idempotency_key else None
+    if job is None:
+        plan = check_job(body, project, services.database, services.settings)
+        job = queue.submit(project, body, plan, idempotency_key=idempotency_key)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return job
+
+
+@router.get("")
+def list_jobs(
+    principal: Reader,
+    services: ServicesDep,
+    state: JobState | None = None,
+    kind: JobKind | None = None,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+) -> Page[Job]:
+    """Jobs, newest first."""
+    with services.database.read() as connection:
+        return reads.list_jobs(connection, principal.project, state=state, kind=kind, cursor=cursor, limit=limit)
+
+
+@router.get("/{job_id}", response_model=Job)
+def read_job(
+    job_id: str,
+    response: Response,
+    principal: Reader,
+    services: ServicesDep,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Job | Response:
+    """One job; 304 where the ETag sent as If-None-Match still holds."""
+    with services.database.read() as connection:
+        tag = reads.job_tag(connection, principal.project, job_id)
+        if if_none_match is not None and tag in [part.strip() for part in if_none_match.split(",")]:
+            return Response(status_code=304, headers={"ETag": tag})
+        response.headers["ETag"] = tag
+        return reads.read_job(connection, principal.project, job_id)
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, principal: Writer, services: ServicesDep) -> Job:
+    """Cancel a job; harmless if it has ended."""
+    return services.queue.cancel(principal.project, job_id)
+
+
+@router.get("/{job_id}/events", response_model=Page[Event])
+def list_events(
+    job_id: str,
+    request: Request,
+    principal: Reader,
+    services: ServicesDep,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events with a greater id.")] = 0,
+    limit: Limit = 100,
+) -> Page[Event] | Response:
+    """What happened to a job: one page as JSON, or all there is and will be as text/event-stream."""
+    project = principal.project
+    if "text/event-stream" in request.headers.get("accept", ""):
+        after = max(after, _last_event_id(request))
+        stream = EventStream(services.database, project, job_id, after=after, poll_s=services.settings.poll_s)
+        return stream.response()
+    with services.database.read() as connection:
+        events, _ = reads.list_events(connection, project, job_id, after=after, limit=limit + 1)
+    more = len(events) > limit
+    return Page[Event](items=events[:limit], next_cursor=str(events[limit - 1].id) if more else None)
+
+
+def _last_event_id(request: Request) -> int:
+    text = request.headers.get("last-event-id", "0")
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise InvalidRequest(
+            f"Last-Event-ID {text[:40]!r} is not the id of an event; send the last id received, or nothing",
+            code="invalid_cursor",
+        )
+    return int(text)

@@ -1,0 +1,120 @@
+"""Rows of activation stores and dictionaries, written in the transaction of the job that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy import Connection, RowMapping, insert, select, update
+
+from gnomon.errors import CorruptArtifact
+from gnomon.resources import Dictionary, HarvestResult
+from gnomon.specs import HarvestSpec
+from gnomon_service.db.engine import database_now
+from gnomon_service.db.tables import activation_stores, dictionaries
+
+
+class StoreRecord(BaseModel):
+    """What a harvest says of the store it sealed; further fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    n_rows: int
+    n_held_out_rows: int
+    n_bytes: int
+    hooks: dict[str, int]
+
+
+def find_store(connection: Connection, project: str, store_id: str) -> RowMapping | None:
+    """The row of a store, locked until the transaction ends; None if the project has no such store."""
+    statement = (
+        select(activation_stores)
+        .where(activation_stores.c.project == project, activation_stores.c.id == store_id)
+        .with_for_update()
+    )
+    return connection.execute(statement).mappings().one_or_none()
+
+
+def begin_store(
+    connection: Connection, project: str, store_id: str, job_id: str, *, spec: HarvestSpec, location: str
+) -> None:
+    """Note that a job harvests a store, for the first time or again after a failure."""
+    values = {"state": "harvesting", "job_id": job_id}
+    matched = connection.execute(
+        update(activation_stores)
+        .where(activation_stores.c.project == project, activation_stores.c.id == store_id)
+        .values(**values)
+    )
+    if matched.rowcount:
+        return
+    connection.execute(
+        insert(activation_stores).values(
+            project=project,
+            id=store_id,
+            created_at=database_now(),
+            hooks={},
+            location=location,
+            spec=spec.model_dump(mode="json"),
+            **values,
+        )
+    )
+
+
+def seal_store(connection: Connection, job: RowMapping, record: Mapping[str, Any]) -> None:
+    """Note what the job's harvest left; raises CorruptArtifact if the record is not one."""
+    try:
+        fields = StoreRecord.model_validate(record)
+    except ValidationError as error:
+        raise _unusable(job, error) from error
+    connection.execute(
+        update(activation_stores)
+        .where(activation_stores.c.project == job["project"], activation_stores.c.id == job["store_id"])
+        .values(state="sealed", job_id=job["id"], **fields.model_dump())
+    )
+
+
+def fail_store(connection: Connection, job: RowMapping) -> None:
+    """Note that the job that harvested a store came to nothing; a sealed store stays sealed."""
+    connection.execute(
+        update(activation_stores)
+        .where(
+            activation_stores.c.project == job["project"],
+            activation_stores.c.id == job["store_id"],
+            activation_stores.c.job_id == job["id"],
+            activation_stores.c.state == "harvesting",
+        )
+        .values(state="failed")
+    )
+
+
+def result_of_sealed(store: RowMapping) -> dict[str, Any]:
+    """The result of a harvest that had nothing left to do."""
+    return HarvestResult(
+        store_id=store["id"], n_rows=store["n_rows"], n_held_out_rows=store["n_held_out_rows"], n_tokens=0
+    ).model_dump(mode="json")
+
+
+def publish(connection: Connection, job: RowMapping, record: Mapping[str, Any]) -> None:
+    """Add the dictionary that a job trained; raises CorruptArtifact if the record is not one."""
+    known = {
+        "id": job["dictionary_id"],
+        "job_id": job["id"],
+        "name": job["name"],
+        "store_id": job["store_id"],
+    }
+    try:
+        fields = Dictionary.model_validate({"created_at": 0, **record, **known})
+    except ValidationError as error:
+        raise _unusable(job, error) from error
+    values = {**fields.model_dump(), "project": job["project"], "created_at": database_now()}
+    connection.execute(insert(dictionaries).values(values))
+
+
+def _unusable(job: RowMapping, error: ValidationError) -> CorruptArtifact:
+    fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+    return CorruptArtifact(
+        f"job {job['id']!r} ended with a record that does not describe what it made (wrong: {fields}); "
+        "its workers run another version than the service",
+        code="invalid_result",
+    )

@@ -1,0 +1,1 @@
+"""Where bytes live: locations, activation stores, manifests, checkpoints, artifacts."""

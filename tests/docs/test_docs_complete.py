@@ -1,0 +1,104 @@
+"""Documentation that is missing or out of date fails here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from gnomon import errors
+from gnomon.errors import GnomonError
+from gnomon.resources import Event
+from gnomon.specs import Adam, Alignment, TrainSpec
+from gnomon_service.app import make_app
+from gnomon_service.gate import PUBLIC_PATHS
+from gnomon_service.settings import Settings
+from tests.docs.blocks import ROOT, blocks
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NOT_RUN = {
+    "make demo": "takes minutes; run by hand",
+    "make test": "is this",
+    "gnomon up": "the example tests start the same thing in process",
+    "pip install torch": "is what `make venv` does",
+    "mkdir -p inputs": "the example tests bring their own model and text",
+}
+"""First line of each block of the README that no test runs, and why."""
+
+
+def page(name: str) -> str:
+    """The text of a page."""
+    return (ROOT / name).read_text()
+
+
+def test_every_endpoint_is_documented_with_its_method(tmp_path: Path) -> None:
+    text = page("docs/rest.md")
+    paths = make_app(Settings(home=tmp_path)).openapi()["paths"]
+    served = {(method.upper(), path) for path, item in paths.items() for method in item}
+    documented = set(re.findall(r"\| `(GET|POST|DELETE) (\S+)` \|", text))
+    assert documented == served
+
+
+def test_public_paths_are_documented() -> None:
+    public = set(re.findall(r"\| `GET (\S+)` \| .* \| public \|", page("docs/rest.md")))
+    assert public == PUBLIC_PATHS
+    assert all(f"`{path}`" in page("SECURITY.md") for path in PUBLIC_PATHS)
+
+
+def test_every_setting_is_documented() -> None:
+    text = page("docs/operations.md")
+    documented = set(re.findall(r"`(GNOMON_[A-Z_]+)`", text.split("## Settings")[1].split("Workers keep")[0]))
+    assert documented == {f"GNOMON_{name.upper()}" for name in Settings.model_fields}
+
+
+def test_every_error_of_the_api_is_documented() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GnomonError)]
+    travelling = {kind.__name__: kind.status for kind in kinds if kind.status != 500}
+    text = page("docs/rest.md")
+    for name, status in travelling.items():
+        assert re.search(rf"\| {status} \| .*`{name}`", text), name
+
+
+def test_every_event_kind_is_documented() -> None:
+    described = Event.model_fields["kind"].description or ""
+    assert set(re.findall(r"^\| `(\w+)` \|", page("docs/rest.md").split("## Events")[1], re.MULTILINE)) == set(
+        re.findall(r"\"(\w+)\"", described)
+    )
+
+
+def test_every_alignment_is_documented() -> None:
+    section = page("docs/method.md").split("### The five values")[1].split("\n### ")[0]
+    rows = re.findall(r"^\| `(\w+)`(?: \(default\))? \|", section, re.MULTILINE)
+    assert set(rows) == set(get_args(Alignment))
+    default = TrainSpec.model_fields["alignment"].default
+    assert f"| `{default}` (default) |" in page("docs/method.md")
+
+
+def test_defaults_that_the_method_page_states_hold() -> None:
+    spec = TrainSpec.model_validate(
+        {
+            "activations": {"kind": "store", "id": "act_" + "0" * 32},
+            "d_sae": 2**14,
+            "token_budget": 10**9,
+        }
+    )
+    assert spec.resolve_lr(2**14) == pytest.approx(2e-4)
+    assert spec.warmup_steps == 1000
+    assert spec.schedule.decay_fraction == pytest.approx(0.2)
+    assert Adam().clip_norm is not None
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_block_of_the_readme_is_run_or_has_a_reason_not_to_be() -> None:
+    code = [(name, text) for name, language, text in blocks() if language in ("bash", "python")]
+    unnamed = {text.splitlines()[0] for name, text in code if not name}
+    assert unnamed == set(NOT_RUN)
+    assert {name for name, _ in code if name} == {"cli", "curl", "curl-events", "sdk"}

@@ -1,0 +1,21 @@
+"""Fixtures of the integration tests: each database once as SQLite, once as PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gnomon_service.db.engine import Database
+from tests.databases import DIALECTS, fresh_database
+
+
+@pytest.fixture(params=DIALECTS)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """An empty database with the present schema."""
+    with fresh_database(request.param, tmp_path) as url:
+        made = Database(url)
+        made.migrate()
+        yield made
+        made.close()

@@ -1,0 +1,94 @@
+"""Gangs on a real Ray: losing one member loses the gang, soon and clearly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from gnomon_workers import gang as gangs
+from gnomon_workers.gang import Gang
+from gnomon_workers.reporting import WorkerLost
+from tests.rays import local_ray
+
+
+class Member:
+    """Sleeps, and says who it is."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def beat(self) -> float:
+        return 0.0
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def work(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return self.index
+
+    def fail(self) -> None:
+        raise RuntimeError("out of luck")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray(n_cpus=3):
+        yield
+
+
+def test_members_run_and_are_gone_afterwards() -> None:
+    with Gang.start(Member, 2, use_gpu=False) as gang:
+        pids = ray.get([member.pid.remote() for member in gang.members])
+        ticks: list[int] = []
+        values = gang.watch([m.work.remote(0.5) for m in gang.members], lambda: ticks.append(1))
+    assert values == [0, 1] and len(ticks) >= 2
+    wait_until_gone(pids)
+
+
+def test_a_killed_member_is_noticed_while_another_works() -> None:
+    with Gang.start(Member, 2, use_gpu=False) as gang:
+        running = [m.work.remote(60) for m in gang.members]
+        os.kill(ray.get(gang.members[1].pid.remote()), signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="died"):
+            gang.watch(running, lambda: None)
+
+
+def test_a_failing_member_is_noticed_with_its_reason() -> None:
+    with Gang.start(Member, 2, use_gpu=False) as gang:
+        running = [gang.members[0].work.remote(60), gang.members[1].fail.remote()]
+        with pytest.raises(WorkerLost, match="out of luck"):
+            gang.watch(running, lambda: None)
+
+
+def test_a_stopped_member_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gangs, "STALL_S", 2.0)
+    with Gang.start(Member, 2, use_gpu=False) as gang:
+        gang.watch([m.work.remote(2.5) for m in gang.members], lambda: None)
+        running = [m.work.remote(60) for m in gang.members]
+        pid = ray.get(gang.members[1].pid.remote())
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(WorkerLost, match="worker 1 has not answered"):
+                gang.watch(running, lambda: None)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_gang_that_does_not_fit_is_refused_with_what_the_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gangs, "PLACEMENT_DEADLINE_S", 1.0)
+    with pytest.raises(WorkerLost, match="could not place 9 workers"):
+        Gang.start(Member, 9, use_gpu=False)
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Wait for processes to end."""
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):  # noqa: PTH110
+        assert time.monotonic() < deadline, f"{pids} are still there"
+        time.sleep(0.05)

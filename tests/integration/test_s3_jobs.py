@@ -1,0 +1,103 @@
+"""Harvest, training, evaluation and export with every byte in an object store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gnomon.dictionary import load_folder
+from gnomon.specs import HarvestSpec
+from gnomon_storage.activations import ActivationStore
+from gnomon_storage.location import Location
+from gnomon_workers.cluster import RayCluster
+from gnomon_workers.harvest.catalog import check_text, describe_model, store_id
+from gnomon_workers.protocol import Assignment
+from tests.glass import make_corpus, make_glass_folder
+from tests.rays import NAMESPACE, local_ray
+from tests.seaweed import environment, new_place, s3_server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A Ray whose workers reach an S3 server through their environment, as in production."""
+    with (
+        s3_server(tmp_path_factory.mktemp("weed")) as variables,
+        environment(variables),
+        local_ray(n_cpus=3),
+    ):
+        yield RayCluster.connected(namespace=NAMESPACE)
+
+
+def finish(cluster: RayCluster, task: Assignment) -> dict[str, Any]:
+    """Run an attempt to success; returns its result."""
+    cluster.start(task)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        poll = cluster.poll(task.job_id, task.attempt, 0)
+        assert poll is not None
+        if poll.outcome is not None:
+            cluster.kill(task.job_id, task.attempt)
+            assert poll.outcome.status == "succeeded", poll.outcome
+            return dict(poll.outcome.result)
+        time.sleep(0.2)
+    raise AssertionError(f"{task.job_id} does not end")
+
+
+def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: Path) -> None:
+    make_glass_folder(tmp_path / "model")
+    make_corpus(tmp_path / "corpus.jsonl", n_documents=300)
+    harvest = HarvestSpec.model_validate(
+        {
+            "model": {"source": str(tmp_path / "model"), "dtype": "float32"},
+            "text": [{"url": str(tmp_path / "corpus.jsonl")}],
+            "hooks": ["model.layers.1"],
+            "context_length": 64,
+            "token_budget": 8192,
+            "segment_tokens": 2048,
+        }
+    )
+    roots = (str(tmp_path),)
+    store = store_id(harvest, describe_model(harvest.model, roots).fingerprint, check_text(harvest.text, roots))
+    root = new_place()
+    common: dict[str, Any] = {
+        "attempt": 1,
+        "project": "p",
+        "storage_root": root,
+        "input_roots": roots,
+        "store_id": store,
+    }
+    spec = harvest.model_dump(mode="json")
+    finish(cluster, Assignment(job_id="job_harvest", kind="harvest", spec=spec, **common))
+    ActivationStore.open(Location.open(root).child("activations", store)).verify()
+    train = {
+        "kind": "train",
+        "activations": {"kind": "store", "id": store},
+        "d_sae": 256,
+        "activation": {"kind": "topk", "k": 8},
+        "batch_size": 128,
+        "token_budget": 128 * 100,
+        "mesh": {"dp": 1, "features": 2},
+        "optimizer": {"lr": 3e-3},
+        "checkpoint_every": 30,
+        "evaluation": {"n_tokens": 400, "n_ce_tokens": 256},
+    }
+    result = finish(
+        cluster, Assignment(job_id="job_train", kind="train", spec=train, dictionary_id="dict_s3", **common)
+    )
+    record = result["record"]
+    assert record["location"] == f"{root}/dictionaries/dict_s3/attempt-0001"
+    assert 0 < record["metrics"]["fvu"] < 1 and record["metrics"]["ce_loss_score"] > 0
+    folder = Location.open(record["location"])
+    assert {name: folder.child(name).size() for name in record["files"]} == record["files"]
+    folder.download(tmp_path / "dictionary")
+    assert load_folder(tmp_path / "dictionary").cfg.k == 8
+    assert sorted(Location.open(root).child("checkpoints", "job_train").list()) == [
+        "step-00000090.a0001",
+        "step-00000100.a0001",
+    ]

@@ -1,0 +1,125 @@
+"""`gnomon up` as its own process: it starts everything, survives what dies, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from gnomon_service.processes import find_processes, sweep
+
+pytestmark = pytest.mark.slow
+
+DEADLINE_S = 120.0
+
+
+class Up:
+    """One `gnomon up` in a home folder."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.process = self.spawn()
+        wait_for(lambda: "stops everything" in self.output(), self.output)
+        state = json.loads((home / "up.json").read_text())
+        self.marker, self.ray_folder = state["marker"], Path(state["ray_folder"])
+        client = json.loads((home / "client.json").read_text())
+        self.url, self.key = client["url"], client["key"]
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "gnomon_service", "up", "--home", str(self.home), "--port", "0", "--cpus", "1"]
+        with (self.home / "up.log").open("ab") as log:
+            return subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
+
+    def output(self) -> str:
+        return (self.home / "up.log").read_text()
+
+    def get(self, path: str) -> httpx2.Response | None:
+        try:
+            return httpx2.get(self.url + path, headers={"Authorization": f"Bearer {self.key}"}, timeout=5)
+        except httpx2.TransportError:
+            return None
+
+    def child(self, name: str) -> psutil.Process:
+        return next(
+            process
+            for process in find_processes(self.marker, None)
+            if process.cmdline()[1:4] == ["-m", "gnomon_service", name]
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        return find_processes(self.marker, self.ray_folder)
+
+
+def wait_for(is_done: Callable[[], object], say: Callable[[], str]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_done():
+        assert time.monotonic() < deadline, say()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    started = Up(tmp_path)
+    yield started
+    started.process.kill()
+    started.process.wait()
+    sweep(started.marker, started.ray_folder)
+
+
+def test_up_revives_its_children_and_stops_without_a_rest(up: Up) -> None:
+    assert (up.home / "client.json").stat().st_mode & 0o777 == 0o600
+    answer = up.get("/v1/cluster")
+    assert answer is not None
+    assert answer.json()["n_cpus"] == 1
+    refused = subprocess.run([*up.process.args], capture_output=True, text=True)  # type: ignore[misc]
+    assert (refused.returncode, "already_running" in refused.stderr) == (1, True)
+    for name, number in (("api", signal.SIGKILL), ("dispatcher", signal.SIGTERM)):
+        old = up.child(name)
+        old.send_signal(number)
+        wait_for(lambda old=old: not old.is_running() or old.status() == "zombie", up.output)  # type: ignore[misc]
+    wait_for(lambda: (answer := up.get("/readyz")) is not None and answer.json()["dispatcher"] == "ok", up.output)
+    assert "SIGTERM received" not in (up.home / "logs/dispatcher.log").read_text(), "it ended in Ray's handler"
+    assert not find_listeners_beyond_loopback(up)
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(60) == 128 + signal.SIGTERM
+    assert up.processes() == []
+    assert not up.ray_folder.exists()
+
+
+def test_up_sweeps_what_a_killed_one_left_and_keeps_key_and_database(up: Up) -> None:
+    up.process.kill()
+    up.process.wait()
+    left = up.processes()
+    assert len(left) >= 4, "nothing was left: the test shows nothing"
+    (up.home / "up.log").write_text("")
+    again = Up(up.home)
+    try:
+        assert up.processes() == []
+        assert not up.ray_folder.exists()
+        assert again.key == up.key
+        answer = again.get("/v1/jobs")
+        assert answer is not None
+        assert answer.status_code == 200
+    finally:
+        again.process.send_signal(signal.SIGINT)
+        again.process.wait(60)
+    assert again.process.returncode == 0
+    assert again.processes() == []
+
+
+def find_listeners_beyond_loopback(up: Up) -> list[str]:
+    """Sockets of this service that other machines could reach."""
+    return [
+        f"{process.name()} {connection.laddr}"
+        for process in up.processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and "127.0.0.1" not in connection.laddr.ip
+    ]

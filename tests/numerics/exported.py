@@ -1,0 +1,57 @@
+"""Small dictionaries trained on raw inputs, and their SAELens folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from gnomon.specs import Activation, Alignment, Mesh
+from gnomon_storage.location import Location
+from gnomon_workers.export import WEIGHTS, saelens_config, write_weights
+from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.train.checkpoints import Checkpoint, save_checkpoint
+from gnomon_workers.train.plan import TrainPlan
+from gnomon_workers.train.step import TrainStep
+from tests.numerics.steps import data, plan_of, step_of
+
+SCALE = 40.0
+"""Raw inputs are this many times larger than the normalised ones."""
+
+
+def trained(plan: TrainPlan, mesh: ProcessMesh) -> TrainStep:
+    """A step after 30 batches of raw inputs."""
+    step = step_of(plan, mesh)
+    lo, hi = mesh.token_range(plan.batch_size)
+    for t in range(30):
+        step(t, SCALE * data(plan.batch_size, seed=t)[lo:hi])
+    return step
+
+
+def scaled_plan(activation: Activation, alignment: Alignment = "orth", features: int = 1) -> TrainPlan:
+    """A plan for raw inputs."""
+    plan = plan_of(
+        activation=activation,
+        alignment=alignment,
+        mesh=Mesh(features=features),
+        optimizer={"lr": 1e-2},
+        batch_size=64,
+        token_budget=64 * 100,
+    )
+    return dataclasses.replace(plan, scale=1 / SCALE)
+
+
+def exported(folder: Path, plan: TrainPlan, checkpoint: Checkpoint, checkpoints: Location) -> Path:
+    """The SAELens folder of a checkpoint."""
+    folder.mkdir()
+    write_weights(folder / WEIGHTS, plan, checkpoint, checkpoints)
+    (folder / "cfg.json").write_text(json.dumps(saelens_config(plan, "model.layers.3", {"model_name": "m"})))
+    return folder
+
+
+def trained_folder(folder: Path, activation: Activation) -> Path:
+    """The SAELens folder of a dictionary trained here and now; inputs are `data` times SCALE."""
+    plan = scaled_plan(activation)
+    checkpoints = Location.open(f"file://{folder.parent}").child(f"{folder.name}-checkpoints")
+    checkpoint = save_checkpoint(checkpoints, trained(plan, ProcessMesh.single()), number=30, attempt=1)
+    return exported(folder, plan, checkpoint, checkpoints)

@@ -1,0 +1,75 @@
+"""Real ranks for the numerics tests: processes that join a gloo mesh, run a function and return its value."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gnomon_workers.parallel.mesh import ProcessMesh
+
+T = TypeVar("T")
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        task = pipe.recv()
+        if task is None:
+            return
+        function, dp, features, port, args = task
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"tcp://127.0.0.1:{port}",
+                rank=rank,
+                world_size=dp * features,
+                timeout=timedelta(seconds=60),
+            )
+            mesh = ProcessMesh.create(dp=dp, features=features, timeout_s=60)
+            pipe.send((True, function(mesh, *args)))
+        except Exception as error:
+            pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}"))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class RankPool:
+    """Processes that are started once and form one mesh after another."""
+
+    def __init__(self, n_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[SpawnProcess, Connection]] = []
+        for rank in range(n_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def run(self, function: Callable[..., T], dp: int, features: int, *args: Any) -> list[T]:
+        """function(mesh, *args) on every rank of a mesh; values in rank order."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pipes = [pipe for _, pipe in self._workers[: dp * features]]
+        for pipe in pipes:
+            pipe.send((function, dp, features, port, args))
+        answers = [pipe.recv() for pipe in pipes]
+        failures = [value for ok, value in answers if not ok]
+        assert not failures, failures
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._workers:
+            pipe.send(None)
+            process.join(10)
+            pipe.close()

@@ -1,0 +1,108 @@
+"""Exact selection: equal to a stable sort, on any mesh, ties included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.parallel.select import BatchTopKSelector, global_topk
+from gnomon_workers.sae.selection import topk_rows
+from gnomon_workers.sae.sparse import Picks
+from tests.numerics.ranks import RankPool
+
+MESHES = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
+
+
+def stable_topk(values: Tensor, k: int) -> Tensor:
+    """The definition: a stable descending sort, cut at k, as a mask of the positive ones."""
+    kept = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, kept, True) & (values > 0)
+
+
+def dense(picks: Picks, n_features: int) -> Tensor:
+    """Picks as (tokens, n_features)."""
+    out = torch.zeros(picks.n_tokens, n_features, dtype=picks.values.dtype)
+    out[picks.token_indices(), picks.features] = picks.values
+    return out
+
+
+def values_with_ties(n_rows: int, n: int, levels: int, seed: int) -> Tensor:
+    """Values on few levels, so that ties are everywhere; about half are negative."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-levels, levels + 1, (n_rows, n), generator=generator).float() / 8
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n_groups=st.integers(1, 40),
+    extra=st.sampled_from([0, 0, 0, 7]),
+    k=st.integers(1, 12),
+    levels=st.sampled_from([1, 3, 50, 10**6]),
+    seed=st.integers(0, 10**6),
+)
+def test_topk_rows_equals_a_stable_sort(n_groups: int, extra: int, k: int, levels: int, seed: int) -> None:
+    values = values_with_ties(6, 32 * n_groups + extra, levels, seed)
+    top, indices = topk_rows(values, k)
+    assert (indices.diff(dim=1) > 0).all()
+    kept = torch.zeros_like(values, dtype=torch.bool).scatter_(1, indices, True) & (values > 0)
+    assert torch.equal(kept, stable_topk(values, k))
+    assert torch.equal(top, values.gather(1, indices))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(2, 40),
+    n_keep=st.integers(1, 60),
+    levels=st.sampled_from([1, 3, 50, 10**6]),
+    bound=st.sampled_from([0.0, 0.1, 5.0, 1e9]),
+    seed=st.integers(0, 10**6),
+)
+def test_batchtopk_equals_a_stable_sort_whatever_the_bound(
+    n: int, n_keep: int, levels: int, bound: float, seed: int
+) -> None:
+    values = values_with_ties(5, n, levels, seed)
+    picks, cut = BatchTopKSelector(bound=bound).select(values, n_keep, ProcessMesh.single())
+    expected = stable_topk(values.reshape(1, -1), n_keep).reshape(values.shape)
+    assert torch.equal(dense(picks, n), values * expected)
+    assert cut == (float(values[expected].min()) if expected.any() else 0.0)
+
+
+def _topk_on(mesh: ProcessMesh, values: Tensor, k: int) -> Tensor:
+    start, stop = mesh.feature_range(values.shape[1])
+    first, last = mesh.token_range(len(values))
+    return dense(global_topk(values[first:last, start:stop].contiguous(), k, mesh), stop - start)
+
+
+def _batchtopk_on(mesh: ProcessMesh, values: Tensor, n_keep: int) -> Tensor:
+    start, stop = mesh.feature_range(values.shape[1])
+    first, last = mesh.token_range(len(values))
+    selector = BatchTopKSelector(bound=0.2)
+    return dense(selector.select(values[first:last, start:stop].contiguous(), n_keep, mesh)[0], stop - start)
+
+
+def assembled(parts: list[Tensor], dp: int, features: int) -> Tensor:
+    """The parts of all ranks as one (tokens, d_sae)."""
+    return torch.cat([torch.cat(parts[r * features : (r + 1) * features], dim=1) for r in range(dp)])
+
+
+@pytest.mark.parametrize(("dp", "features"), MESHES)
+@pytest.mark.parametrize("levels", [2, 10**6])
+def test_sharded_selection_equals_unsharded(ranks: RankPool, dp: int, features: int, levels: int) -> None:
+    values = values_with_ties(8, 256, levels, seed=levels)
+    topk = assembled(ranks.run(_topk_on, dp, features, values, 6), dp, features)
+    assert torch.equal(topk, values * stable_topk(values, 6))
+    batch = assembled(ranks.run(_batchtopk_on, dp, features, values, 6 * 8), dp, features)
+    assert torch.equal(batch, values * stable_topk(values.reshape(1, -1), 48).reshape(values.shape))
+
+
+def test_a_shard_with_all_the_large_activations_loses_none(ranks: RankPool) -> None:
+    """A capacity factor would: the whole top-k lies in one shard."""
+    values = values_with_ties(8, 256, 10**6, seed=3).abs() / 10**6
+    values[:, :64] += 10
+    kept = assembled(ranks.run(_topk_on, 1, 4, values, 32), 1, 4)
+    assert torch.equal(kept, values * stable_topk(values, 32))
+    assert not kept[:, 64:].any()

@@ -1,0 +1,106 @@
+"""A service with real inputs for tests of the API: a model folder, a text, keys of two projects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from starlette.testclient import TestClient
+
+from gnomon.resources import Job
+from gnomon_service.app import make_app
+from gnomon_service.auth import SCOPES, Keys, Scope
+from gnomon_service.db.engine import Database
+from gnomon_service.settings import Settings
+from tests.service_jobs import Bench
+
+D_IN = 16
+N_POSITIONS = 64
+
+
+def write_inputs(folder: Path) -> None:
+    """A model of two layers, as its headers tell (its weights are zeros), and a text."""
+    model = folder / "model"
+    model.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": D_IN,
+        "vocab_size": 32,
+        "max_position_embeddings": N_POSITIONS,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "tokenizer.json").write_text("{}")
+    shapes = {"model.embed_tokens.weight": (32, D_IN), "model.norm.weight": (D_IN,)}
+    for layer in range(2):
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (D_IN, 32)
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (D_IN,)
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, model / "model.safetensors")
+    (folder / "text.txt").write_text("a few words")
+    (folder / "empty.txt").write_text("")
+
+
+class Service:
+    """The application on a fresh SQLite database, and the queue behind it."""
+
+    def __init__(self, home: Path, **settings: Any) -> None:
+        self.inputs = home / "inputs"
+        write_inputs(self.inputs)
+        fields: dict[str, Any] = {"home": home, "input_roots": (str(self.inputs),), "poll_s": 0.02}
+        self.settings = Settings(**(fields | settings))
+        self.app = make_app(self.settings)
+        self.bench = Bench(Database(self.settings.database_url))
+        self.key = self.new_key()
+
+    def new_key(self, project: str = "default", scopes: tuple[Scope, ...] = SCOPES, **fields: Any) -> str:
+        """The text of a new key."""
+        return Keys(self.bench.database).create(project=project, name="test", scopes=scopes, **fields).key
+
+    def client(self, key: str | None = None) -> TestClient:
+        """A client with a key, the first one by default; "" for none."""
+        key = self.key if key is None else key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return TestClient(self.app, headers=headers, raise_server_exceptions=False)
+
+    def harvest(self, **changes: Any) -> dict[str, Any]:
+        """The JSON of a harvest of the inputs."""
+        fields = {
+            "kind": "harvest",
+            "model": {"source": str(self.inputs / "model")},
+            "text": [{"url": str(self.inputs / "text.txt")}],
+            "hooks": ["model.layers.1"],
+            "context_length": 32,
+            "token_budget": 1024,
+        }
+        return fields | changes
+
+    def train(self, **changes: Any) -> dict[str, Any]:
+        """The JSON of a training run on that harvest."""
+        fields = {"kind": "train", "activations": self.harvest(), "d_sae": 48, "token_budget": 8192}
+        return fields | changes
+
+    def submit(self, spec: dict[str, Any], **headers: str) -> Job:
+        """Submit a job that must be accepted."""
+        answer = self.client().post("/v1/jobs", json={"spec": spec}, headers=headers)
+        assert answer.status_code == 201, answer.text
+        return Job.model_validate_json(answer.content)
+
+    def count_jobs(self) -> int:
+        """Jobs of the project."""
+        return len(self.client().get("/v1/jobs?limit=200").json()["items"])
+
+
+@contextmanager
+def running_service(home: Path, **settings: Any) -> Iterator[Service]:
+    """A service whose connections are closed afterwards."""
+    service = Service(home, **settings)
+    try:
+        yield service
+    finally:
+        service.bench.database.close()
+        service.app.state.services.database.close()

@@ -1,0 +1,290 @@
+"""The command line: what it prints, for people and programs, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import stamina
+
+from gnomon import cli
+from tests.unit.sdk_server import (
+    HARVEST,
+    HARVEST_RESULT,
+    JOB_ID,
+    KEY,
+    NOW,
+    URL,
+    Script,
+    answer,
+    client_of,
+    dictionary,
+    event,
+    job,
+    problem,
+    sse,
+)
+
+Run = Callable[..., tuple[int, str, str]]
+DONE = event(4, "state", **{"from": "running", "to": "succeeded"})
+SUCCEEDED = job(state="succeeded", result=HARVEST_RESULT)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run one command line against a scripted server; returns exit code, output and errors."""
+    stamina.set_testing(True, attempts=2)
+    monkeypatch.setenv("GNOMON_HOME", "/nonexistent")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_line(line: str, *answers: Any) -> tuple[int, str, str]:
+        script = Script(*answers)
+        monkeypatch.setattr(cli, "Client", lambda _: client_of(script))
+        code = cli.run(line.split())
+        assert script.is_over
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run_line
+    stamina.set_testing(False)
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    """A spec on disk."""
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(HARVEST))
+    return path
+
+
+def test_submit_prints_the_id_alone(run: Run, spec_file: Path) -> None:
+    assert run(f"submit {spec_file} --name x", answer(job(), 201)) == (0, f"{JOB_ID}\n", "")
+
+
+def test_submit_reads_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(HARVEST)))
+    code, out, _ = run("submit - --json", answer(job(), 201))
+    assert code == 0
+    assert json.loads(out)["id"] == JOB_ID
+
+
+def test_submit_and_wait_shows_the_result(run: Run, spec_file: Path) -> None:
+    answers = [answer(job(), 201), answer(job()), sse(event(1), DONE), answer(SUCCEEDED)]
+    code, out, err = run(f"submit {spec_file} --wait", *answers)
+    assert code == 0
+    assert str(HARVEST_RESULT["store_id"]) in out
+    assert JOB_ID in err
+
+
+def test_waiting_for_a_job_that_fails_is_exit_code_1_with_the_reason(run: Run) -> None:
+    failed = job(state="failed", error={"code": "empty_corpus", "message": "no text in 'a.txt'"})
+    code, out, err = run(f"watch {JOB_ID}", answer(failed), answer(failed))
+    assert (code, out) == (1, "")
+    assert "no text in 'a.txt'" in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_detaches_and_says_that_the_job_goes_on(run: Run) -> None:
+    def interrupt(_: httpx2.Request) -> httpx2.Response:
+        raise KeyboardInterrupt
+
+    code, _, err = run(f"watch {JOB_ID}", answer(job()), answer(job()), interrupt)
+    assert code == 130
+    assert f"job {JOB_ID} goes on" in err
+    assert f"gnomon cancel {JOB_ID}" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "page", "words"),
+    [
+        ("jobs --state running", [job(state="running")], [JOB_ID, "harvest", "running"]),
+        ("dictionaries", [dictionary(metrics={"fvu": 0.1812})], ["model.layers.1", "0.1812", "orth"]),
+        (
+            "activations",
+            [
+                {
+                    "id": "act_" + "0" * 32,
+                    "state": "sealed",
+                    "job_id": JOB_ID,
+                    "created_at": NOW,
+                    "n_rows": 12345,
+                    "n_bytes": 2_000_000_000,
+                    "hooks": {"model.layers.1": 128},
+                    "location": "file:///x",
+                    "spec": HARVEST,
+                }
+            ],
+            ["sealed", "12,345", "2.00", "model.layers.1 (128)"],
+        ),
+        (
+            "keys list",
+            [{"id": "k1", "name": "laptop", "scopes": ["read"], "created_at": NOW}],
+            ["k1", "laptop", "read"],
+        ),
+    ],
+)
+def test_lists_for_people_and_programs(run: Run, line: str, page: list[Any], words: list[str]) -> None:
+    code, out, _ = run(line, answer({"items": page}))
+    assert code == 0
+    assert all(word in out for word in words)
+    code, out, _ = run(f"{line} --json", answer({"items": page}))
+    assert [item["id"] for item in json.loads(out)] == [item["id"] for item in page]
+
+
+def test_job_shows_error_and_metrics(run: Run) -> None:
+    failed = job(state="failed", error={"code": "x", "message": "disk full"}, name="[red]name")
+    code, out, _ = run(f"job {JOB_ID}", answer(failed))
+    assert code == 0
+    assert "disk full (x)" in out
+    assert "[red]name" in out
+
+
+def test_text_from_elsewhere_cannot_drive_the_terminal(run: Run) -> None:
+    _, out, _ = run("jobs", answer({"items": [job(name="\x9b31m\u202eevil")]}))
+    assert "\x9b" not in out
+    assert "\u202e" not in out
+    assert "evil" in out
+
+
+def test_logs_are_one_line_each(run: Run) -> None:
+    page = {"items": [event(1, "log", message="resuming\nfrom step 5"), event(2), event(3, "metrics", loss=0.25)]}
+    code, out, _ = run(f"logs {JOB_ID}", answer(page))
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert "loss=0.25" in out
+    assert len(run(f"logs {JOB_ID} --all", answer(page))[1].splitlines()) == 3
+
+
+def test_logs_follow_as_json_lines(run: Run) -> None:
+    code, out, _ = run(f"logs {JOB_ID} --follow --json", sse(event(1), DONE))
+    assert code == 0
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 4]
+
+
+def test_cancel_says_what_happens(run: Run) -> None:
+    assert "asked to stop" in run(f"cancel {JOB_ID}", answer(job(cancel_requested=True)))[1]
+    assert "has ended: succeeded" in run(f"cancel {JOB_ID}", answer(SUCCEEDED))[1]
+
+
+def test_download_prints_the_folder(run: Run, tmp_path: Path) -> None:
+    files = [answer(dictionary(files={"cfg.json": 2})), httpx2.Response(200, content=b"{}")]
+    code, out, _ = run(f"download dict_x {tmp_path / 'out'}", *files)
+    assert (code, out.strip()) == (0, str(tmp_path / "out"))
+    assert (tmp_path / "out/cfg.json").read_bytes() == b"{}"
+
+
+def test_key_is_issued_and_revoked(run: Run) -> None:
+    made = {"id": "k1", "name": "n", "scopes": ["read"], "created_at": NOW, "key": "gnm_k1_secret"}
+    assert run("keys issue n --scope read", answer(made, 201))[1] == "gnm_k1_secret\n"
+    assert "k1 is revoked" in run("keys revoke k1", httpx2.Response(204))[1]
+
+
+def test_cluster_is_shown(run: Run) -> None:
+    seen = {"seen_at": NOW, "n_cpus": 16, "n_gpus": 1, "n_nodes": 2}
+    assert "16" in run("cluster", answer(seen))[1]
+    assert json.loads(run("cluster --json", answer(seen))[1])["n_gpus"] == 1
+
+
+def test_env_prints_exports_for_a_shell(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GNOMON_URL", URL)
+    monkeypatch.setenv("GNOMON_API_KEY", KEY + "'; rm -rf /".replace(" ", ""))
+    code, out, _ = run("env")
+    assert code == 0
+    shell = subprocess.run(
+        ["sh", "-c", out + 'printf %s "$GNOMON_API_KEY"'], capture_output=True, text=True, check=True
+    )
+    assert shell.stdout == KEY + "';rm-rf/"
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (problem(401, "unauthenticated", "no key"), ["no key", "hint:", "gnomon keys create"]),
+        (problem(404, "not_found", "no job 'x'"), ["no job 'x'"]),
+        (problem(422, "unknown_hook", "hook 'a' does not exist"), ["hook 'a'"]),
+        (httpx2.Response(500, text="<html>"), ["not a Gnomon answer"]),
+    ],
+)
+def test_refusals_are_one_line_and_exit_code_1(run: Run, response: httpx2.Response, words: list[str]) -> None:
+    code, out, err = run("job x", response)
+    assert (code, out) == (1, "")
+    assert all(word in err for word in words)
+    assert "Traceback" not in err
+
+
+def test_service_that_is_not_there_is_no_traceback(run: Run) -> None:
+    code, _, err = run("jobs", *[httpx2.ConnectError("refused")] * 2)
+    assert code == 1
+    assert "gnomon up" in err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "\x00", "[" * 100_000])
+def test_file_that_is_no_spec_is_named(run: Run, spec_file: Path, content: str) -> None:
+    spec_file.write_text(content)
+    code, _, err = run(f"submit {spec_file}")
+    assert code == 1
+    assert "spec.json" in err
+
+
+@pytest.mark.parametrize("line", ["submit", "submit /nonexistent", "jobs --limit 0", "jobs --state x", "jobz", "--x"])
+def test_wrong_usage_is_exit_code_2(run: Run, line: str) -> None:
+    code, out, err = run(line)
+    assert (code, out) == (2, "")
+    assert "Usage" in err or "Error" in err
+
+
+def test_unexpected_error_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(cli, "show_table", explode)
+    code, _, err = run("jobs", answer({"items": []}))
+    assert code == 1
+    assert "unexpected RuntimeError: boom" in err
+    assert "GNOMON_DEBUG" in err
+
+
+def test_version_and_help(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert (code, out.split()[0]) == (0, "gnomon")
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "gnomon demo" in out
+    assert "Example" in run("submit --help")[1]
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"fastapi", "sqlalchemy", "pydantic_settings", "ray", "torch"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from gnomon.cli import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["up", "api", "dispatcher", "demo"])
+def test_service_commands_say_what_to_install(command: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", BLOCKED, command]
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "pip install 'gnomon[all]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sdk_commands_work_without_the_service(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", BLOCKED, "--help"]
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "submit" in done.stdout

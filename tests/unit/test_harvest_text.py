@@ -1,0 +1,121 @@
+"""Text sources: what is read, in which order, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gnomon.errors import InvalidRequest
+from gnomon.specs import TextSource
+from gnomon_workers.harvest.text import check_text, read_documents, resolve_text
+
+
+def documents(root: Path, *sources: TextSource) -> list[str]:
+    """Every document of the sources."""
+    return list(read_documents(resolve_text(sources, [str(root)])))
+
+
+def test_every_format_is_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("\ufeffone\ndocument é", encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"text": "two"}\n\n{"text": "", "x": 1}\n{"text": null}\n"three"\n')
+    (tmp_path / "d.json").write_text(json.dumps(["four", {"text": "five"}]))
+    (tmp_path / "e.json").write_text(json.dumps({"a": {"extract": "six"}, "b": {"extract": "seven"}}))
+    pq.write_table(pa.table({"text": ["eight", None, "nine"], "n": [1, 2, 3]}), tmp_path / "f.parquet")
+    found = documents(
+        tmp_path,
+        *[TextSource(url=str(tmp_path / name)) for name in ("b.txt", "c.jsonl", "d.json")],
+        TextSource(url=f"file://{tmp_path}/e.json", field="extract"),
+        TextSource(url=str(tmp_path / "f.parquet")),
+    )
+    assert found == ["one\ndocument é", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_the_format_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "x.data").write_text('{"body": "b"}\n')
+    assert documents(tmp_path, TextSource(url=str(tmp_path / "x.data"), format="jsonl", field="body")) == ["b"]
+    with pytest.raises(InvalidRequest) as caught:
+        documents(tmp_path, TextSource(url=str(tmp_path / "x.data")))
+    assert caught.value.code == "unknown_format"
+
+
+def test_patterns_name_files_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("a/10.txt", "a/2.txt", "b/1.txt", "b/1.md", "b/.hidden.txt", "b/deep/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents(tmp_path, TextSource(url=f"{tmp_path}/a/*.txt")) == ["a/10.txt", "a/2.txt"]
+    assert documents(tmp_path, TextSource(url=f"{tmp_path}/*/*.txt")) == ["a/10.txt", "a/2.txt", "b/1.txt"]
+    assert documents(tmp_path, TextSource(url=f"{tmp_path}/*/deep/*")) == ["b/deep/3.txt"]
+    with pytest.raises(InvalidRequest) as caught:
+        documents(tmp_path, TextSource(url=f"{tmp_path}/a/*.json"))
+    assert caught.value.code == "missing_file"
+
+
+def test_patterns_do_not_lead_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.txt").write_text("s")
+    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "secret.txt")
+    for url in (f"{tmp_path}/*.txt", f"{tmp_path}/in/*.txt", "/*/passwd", "/etc/*"):
+        with pytest.raises(InvalidRequest) as caught:
+            documents(tmp_path / "in", TextSource(url=url))
+        assert caught.value.code == "location_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "says"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "bad_text", "'x.jsonl' line 2"),
+        ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "unknown_field", "line 2 has no field 'text'; it has 'body'"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad_text", "line 2 is not UTF-8: byte 0xff"),
+        ("x.jsonl", b'{"text": 5}\n', "bad_text", "line 1 holds a int, wanted text"),
+        ("x.json", b'{"text": ', "bad_text", "is not JSON"),
+        ("x.json", b"5", "bad_text", "wanted a list"),
+        ("x.json", b'["a", {"b": 1}]', "unknown_field", "item 1 has no field 'text'"),
+        ("x.json", b"[" * 100_000, "bad_text", "is not JSON"),
+        ("x.txt", b"\xff\xfe", "bad_text", "is not UTF-8"),
+        ("x.parquet", b"PAR1 not really", "bad_text", "is not readable Parquet"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: bytes, code: str, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidRequest) as caught:
+        documents(tmp_path, TextSource(url=str(tmp_path / name)))
+    assert caught.value.code == code
+    assert says in caught.value.message
+
+
+def test_parquet_without_the_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(InvalidRequest, match="no field 'text'; it has 'body'"):
+        check_text([TextSource(url=str(tmp_path / "x.parquet"))], [str(tmp_path)])
+
+
+def test_empty_and_missing_are_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n ")
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n\n')
+    with pytest.raises(InvalidRequest) as caught:
+        check_text([TextSource(url=f"{tmp_path}/{name}") for name in ("empty.txt", "blank.jsonl")], [str(tmp_path)])
+    assert caught.value.code == "empty_corpus"
+    with pytest.raises(InvalidRequest) as caught:
+        check_text([TextSource(url=f"{tmp_path}/absent.txt")], [str(tmp_path)])
+    assert caught.value.code == "missing_file"
+    with pytest.raises(InvalidRequest) as caught:
+        check_text([TextSource(url="/etc/passwd")], [str(tmp_path)])
+    assert caught.value.code == "location_not_allowed"
+
+
+def test_the_fingerprint_is_of_content_and_reading(tmp_path: Path) -> None:
+    def fingerprint(name: str, **how: str) -> str:
+        source = TextSource.model_validate({"url": str(tmp_path / name), **how})
+        return check_text([source], [str(tmp_path)])
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "other": "b"}\n')
+    first = fingerprint("a.jsonl")
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    assert fingerprint("b.jsonl") == first
+    assert fingerprint("b.jsonl", field="other") != first
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "other": "c"}\n')
+    assert fingerprint("b.jsonl") != first

@@ -1,0 +1,121 @@
+"""Imports point one way: service -> workers -> storage -> api; and what must not be imported, is not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = {
+    "gnomon": ROOT / "api/gnomon",
+    "gnomon_storage": ROOT / "storage/gnomon_storage",
+    "gnomon_workers": ROOT / "workers/gnomon_workers",
+    "gnomon_service": ROOT / "service/gnomon_service",
+}
+ORDER = list(LAYERS)
+PICKLES = {"cloudpickle", "dill", "jsonpickle", "joblib", "pickle", "shelve"}
+PICKLED_CALLS = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load"), ("np", "save")}
+SOURCES = sorted(path for folder in LAYERS.values() for path in folder.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield (node.module or "").partition(".")[0]
+
+
+def label(path: Path) -> str:
+    """A short name for a test's id."""
+    return str(path.relative_to(ROOT))
+
+
+def test_every_layer_has_sources() -> None:
+    assert all(any(path.is_relative_to(folder) for path in SOURCES) for folder in LAYERS.values())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_imports_point_one_way(path: Path) -> None:
+    layer = next(name for name, folder in LAYERS.items() if path.is_relative_to(folder))
+    above = set(ORDER[ORDER.index(layer) + 1 :])
+    assert not above & set(imported(path)), f"{layer} imports what lies above it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_no_pickle_anywhere(path: Path) -> None:
+    assert not PICKLES & set(imported(path))
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in PICKLED_CALLS, f"line {node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert isinstance(node.value, ast.Constant), f"line {node.value.lineno}"
+            assert node.value.value is False, f"line {node.value.lineno}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if "sae" in path.parts], ids=label)
+def test_mathematics_knows_neither_ray_nor_web(path: Path) -> None:
+    assert not {"fastapi", "ray", "starlette"} & set(imported(path))
+
+
+PROBE = """
+import importlib, sys
+{before}
+for name in {modules!r}:
+    importlib.import_module(name)
+loaded = sorted(set({forbidden!r}) & set(sys.modules))
+assert not loaded, loaded
+"""
+BLOCK = """
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {forbidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def probe(*modules: str, forbidden: set[str], blocked: bool = False) -> None:
+    """Import modules in a fresh interpreter and fail if that pulls in anything forbidden."""
+    before = BLOCK.format(forbidden=forbidden) if blocked else ""
+    program = PROBE.format(before=before, modules=modules, forbidden=forbidden)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+HEAVY = {"fastapi", "numpy", "obstore", "ray", "sqlalchemy", "torch", "zarr"}
+
+
+def test_sdk_and_cli_need_only_the_base_install() -> None:
+    modules = ["gnomon", "gnomon.client", "gnomon.async_client", "gnomon.cli", "gnomon.loading"]
+    probe(*modules, "gnomon.specs", "gnomon.resources", forbidden=HEAVY, blocked=True)
+
+
+def test_every_public_name_works_without_the_heavy_packages() -> None:
+    program = BLOCK.format(forbidden=HEAVY) + "import gnomon; [getattr(gnomon, name) for name in gnomon.__all__]"
+    command = [sys.executable, "-c", "import sys\n" + program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_importing_the_package_loads_no_part_of_it() -> None:
+    probe("gnomon", forbidden={"gnomon.client", "gnomon.specs", "httpx2", "pydantic", "typer"})
+
+
+def test_api_process_imports_neither_ray_nor_torch() -> None:
+    probe("gnomon_service.app", forbidden={"ray", "torch", "transformers"})
+
+
+def test_listing_commands_imports_neither_ray_nor_torch() -> None:
+    probe("gnomon_service.commands", "gnomon_service.demo", forbidden={"ray", "torch", "transformers"})
+
+
+def test_protocol_of_the_workers_imports_neither_ray_nor_torch() -> None:
+    probe("gnomon_workers.protocol", "gnomon_workers.harvest.catalog", forbidden={"ray", "torch"})

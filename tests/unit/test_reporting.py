@@ -1,0 +1,37 @@
+"""The reporter: numbered reports, kept until asked for, and not too many of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from gnomon_workers.reporting import Cancelled, Reporter
+
+
+def test_reports_are_numbered_and_given_again() -> None:
+    reporter = Reporter()
+    reporter.report("log", message="a")
+    reporter.report("log", message="b")
+    assert [(r.seq, r.data["message"]) for r in reporter.after(0)] == [(1, "a"), (2, "b")]
+    assert [r.seq for r in reporter.after(1)] == [2]
+    assert len(reporter.after(0)) == 2
+
+
+def test_a_day_of_progress_is_some_thousand_reports_and_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter = Reporter()
+    now = 0.0
+    monkeypatch.setattr("gnomon_workers.reporting.time.monotonic", lambda: now)
+    reporter.phase("train", total=172_800, unit="tokens")
+    for done in range(1, 172_801):
+        now = done / 2
+        reporter.progress(done)
+    seen = [r.data["done"] for r in reporter.after(0) if r.kind == "progress"]
+    assert seen[:3] == [0, 1, 2] and seen[-1] == 172_800
+    assert 5_000 < len(seen) < 10_000
+
+
+def test_cancelling_is_noticed_at_the_next_check() -> None:
+    reporter = Reporter()
+    reporter.check_cancelled()
+    reporter.cancel()
+    with pytest.raises(Cancelled):
+        reporter.check_cancelled()

@@ -1,0 +1,40 @@
+"""Figures show the numbers they are given."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from gnomon.errors import NotFound
+from gnomon.figures import alignment_histogram, density_histogram, training_curves
+from gnomon.resources import Event
+
+
+def metrics_event(number: int, step: int, fvu: float) -> Event:
+    """A metrics event."""
+    data = {"step": step, "fvu": fvu, "l0": 32.0, "dead_fraction": 0.0, "alignment_min": 1.0}
+    return Event(id=number, job_id="j", attempt=1, kind="metrics", created_at=datetime.now(UTC), data=data)
+
+
+def test_histograms_show_every_bin() -> None:
+    metrics: dict[str, Any] = {
+        "alignment": {"histogram": {"edges": [0.0, 0.5, 1.0], "counts": [3, 5]}},
+        "density_histogram": {"log10_edges": [-2.0, -1.5, -1.0], "counts": [1, 2]},
+    }
+    assert list(alignment_histogram(metrics).data[0].y) == [3, 5]
+    assert list(density_histogram(metrics).data[0].x) == [-2.0, -1.5]
+
+
+def test_curves_draw_a_repeated_step_once() -> None:
+    figure = training_curves([metrics_event(1, 10, 0.5), metrics_event(2, 20, 0.4), metrics_event(3, 20, 0.4)])
+    assert len(figure.data) == 4
+    assert list(figure.data[0].x) == [10, 20] and list(figure.data[0].y) == [0.5, 0.4]
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(NotFound, match="density_histogram"):
+        density_histogram({})
+    with pytest.raises(NotFound, match="no metrics"):
+        training_curves([])

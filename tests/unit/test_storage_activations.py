@@ -1,0 +1,215 @@
+"""Activation stores: what is written comes back, and every damage is seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gnomon.errors import CorruptArtifact, NotFound
+from gnomon_storage import writing
+from gnomon_storage.activations import ActivationStore
+from gnomon_storage.arrays import bfloat16_from_float32, float32_from_bfloat16
+from gnomon_storage.location import Location
+from gnomon_storage.writing import load_commit, remove_leftovers
+from tests.unit.activation_stores import HOOKS, known_rows, make_store, seal_store, write_segment
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file of a store."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(writing.CHUNK_BYTES, "file", 1)  # chunks of 256 rows
+    make_store(tmp_path)
+    store = ActivationStore.open(Location.open(str(tmp_path)))
+    store.check_quick()
+    store.verify()
+    first = 0
+    for segment in store.manifest.split("segments"):
+        assert segment.chunk_rows == 256
+        for hook_name, d_in in HOOKS.items():
+            rows = store.read_rows(hook_name, segment, 0, segment.n_rows)
+            np.testing.assert_array_equal(rows, known_rows(first, segment.n_rows, d_in))
+            np.testing.assert_array_equal(store.read_rows(hook_name, segment, 200, 290), rows[200:290])
+        first += segment.n_rows
+    with pytest.raises(IndexError):
+        store.read_rows("layers.0", store.manifest.segments[0], 0, 701)
+
+
+def test_manifest_counts_and_means(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path).manifest
+    assert (manifest.n_rows, manifest.n_held_out_rows) == (1513, 60)
+    rows = np.concatenate([known_rows(0, 700, 8), known_rows(700, 513, 8), known_rows(1213, 300, 8)]).astype(float)
+    np.testing.assert_allclose(manifest.hooks["layers.0"].mean, rows.mean(0), rtol=1e-12)
+    assert manifest.hooks["layers.0"].mean_squared_norm == pytest.approx((rows**2).sum(1).mean(), rel=1e-12)
+    assert manifest.n_bytes == sum(
+        path.stat().st_size for path in files_of(tmp_path) if ".zarr" in str(path.relative_to(tmp_path))
+    )
+
+
+def test_index_columns_name_each_row(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    segment = store.manifest.split("held_out")[0]
+    contexts = store.contexts(segment)
+    context_ids, positions = store.column(segment, "context_ids"), store.column(segment, "positions")
+    assert contexts.shape == (20, 4)
+    np.testing.assert_array_equal(store.column(segment, "tokens"), contexts[context_ids, positions])
+
+
+def test_bfloat16_is_stored_as_its_bits(tmp_path: Path) -> None:
+    store = make_store(tmp_path, sizes=(300,), dtype="bfloat16")
+    segment = store.manifest.segments[0]
+    assert store.read_raw("layers.0", segment, 0, 300).dtype == np.uint16
+    rows = known_rows(0, 300, 8)
+    np.testing.assert_allclose(store.read_rows("layers.0", segment, 0, 300), rows, rtol=2**-8)
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -2.5, 3e38, np.inf, -np.inf, 0.0], np.float32)
+    expected = np.array([1.0, 1.0, 1 + 2**-6, -2.5, 3e38, np.inf, -np.inf, 0.0])
+    np.testing.assert_allclose(float32_from_bfloat16(bfloat16_from_float32(values)), expected, rtol=4e-3)
+    assert np.isnan(float32_from_bfloat16(bfloat16_from_float32(np.array([np.nan], np.float32))))[0]
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits = bits[~np.isnan(float32_from_bfloat16(bits))]
+    np.testing.assert_array_equal(bfloat16_from_float32(float32_from_bfloat16(bits)), bits)
+
+
+def test_an_unsealed_store_is_not_found(tmp_path: Path) -> None:
+    write_segment(Location.open(str(tmp_path)), "segments", 0, first=0, n_rows=10)
+    with pytest.raises(NotFound) as caught:
+        ActivationStore.open(Location.open(str(tmp_path)))
+    assert caught.value.code == "store_not_sealed"
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
+def test_every_damaged_file_is_detected(tmp_path: Path, damage: str) -> None:
+    make_store(tmp_path / "whole", sizes=(600, 300))
+    n_damaged = 0
+    for path in files_of(tmp_path / "whole"):
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "whole", copy)
+        target = copy / path.relative_to(tmp_path / "whole")
+        data = bytearray(target.read_bytes())
+        if damage == "delete":
+            target.unlink()
+        elif damage == "truncate":
+            target.write_bytes(data[:-1])
+        else:
+            data[len(data) // 2] ^= 1
+            target.write_bytes(data)
+        with pytest.raises((CorruptArtifact, NotFound)):
+            store = ActivationStore.open(Location.open(str(copy)))
+            if damage != "flip":
+                store.check_quick()
+            store.verify()
+        shutil.rmtree(copy)
+        n_damaged += 1
+    assert n_damaged > 30
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_quick_check_sees_lost_bytes(tmp_path: Path, damage: str) -> None:
+    store = make_store(tmp_path, sizes=(600,))
+    chunk = next(path for path in files_of(tmp_path) if "segments" in str(path) and "layers.1/c" in str(path))
+    if damage == "delete":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:-4])
+    with pytest.raises(CorruptArtifact, match=r"layers\.1"):
+        store.check_quick()
+    with pytest.raises(CorruptArtifact):
+        store.read_rows("layers.1", store.manifest.segments[0], 0, 600)
+
+
+def test_swapped_segments_are_detected(tmp_path: Path) -> None:
+    store = make_store(tmp_path, sizes=(300, 300))
+    one, two = (tmp_path / segment.path for segment in store.manifest.split("segments"))
+    one.rename(tmp_path / "x")
+    two.rename(one)
+    (tmp_path / "x").rename(two)
+    with pytest.raises(CorruptArtifact):
+        store.verify()
+
+
+def test_swapped_commits_are_detected(tmp_path: Path) -> None:
+    store = make_store(tmp_path, sizes=(300, 300))
+    one, two = tmp_path / "segments" / "part-00000.json", tmp_path / "segments" / "part-00001.json"
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    with pytest.raises(CorruptArtifact):
+        store.check_quick()
+
+
+def test_an_edited_manifest_is_detected(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=(300,))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["n_rows"] = 299
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptArtifact, match="changed"):
+        ActivationStore.open(Location.open(str(tmp_path)))
+
+
+def test_verification_can_be_shared_out(tmp_path: Path) -> None:
+    store = make_store(tmp_path, sizes=(300, 300))
+    chunk = next(path for path in files_of(tmp_path) if "part-00001" in str(path) and "layers.1/c" in str(path))
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    n_found = 0
+    for part in range(4):
+        try:
+            store.verify(part=part, n_parts=4)
+        except CorruptArtifact:
+            n_found += 1
+    assert n_found == 1
+
+
+def test_the_first_attempt_to_commit_wins(tmp_path: Path) -> None:
+    location = Location.open(str(tmp_path))
+    first = write_segment(location, "segments", 0, first=0, n_rows=20, attempt=1)
+    second = write_segment(location, "segments", 0, first=0, n_rows=20, attempt=2)
+    assert second == first == load_commit(location, "segments", 0)
+    assert location.child("segments").list() == ["part-00000.a0001.zarr", "part-00000.json"]
+
+
+def test_sealing_twice_returns_the_first_seal(tmp_path: Path) -> None:
+    location = Location.open(str(tmp_path))
+    commits = [write_segment(location, "segments", 0, first=0, n_rows=20)]
+    first = seal_store(location, commits)
+    assert seal_store(location, [*commits, write_segment(location, "segments", 1, first=20, n_rows=5)]).manifest == (
+        first.manifest
+    )
+
+
+def test_leftovers_of_lost_attempts_are_removed(tmp_path: Path) -> None:
+    location = Location.open(str(tmp_path))
+    commits = [write_segment(location, "segments", 0, first=0, n_rows=20, attempt=2)]
+    location.child("segments/part-00000.a0001.zarr/zarr.json").write_bytes(b"{}")
+    location.child("held_out/part-00000.a0002.zarr/zarr.json").write_bytes(b"{}")
+    remove_leftovers(location, commits)
+    seal_store(location, commits).verify()
+    assert location.child("segments").list() == ["part-00000.a0002.zarr", "part-00000.json"]
+    assert location.child("held_out").list() == []
+
+
+def test_a_segment_without_rows(tmp_path: Path) -> None:
+    location = Location.open(str(tmp_path))
+    commits = [write_segment(location, "segments", index, first=0, n_rows=n) for index, n in enumerate((0, 5))]
+    store = seal_store(location, commits)
+    store.verify()
+    assert store.read_rows("layers.0", store.manifest.segments[0], 0, 0).shape == (0, 8)
+
+
+def test_too_few_rows_are_not_committed(tmp_path: Path) -> None:
+    index = np.zeros(5, np.int32)
+    writer = writing.SegmentWriter(
+        Location.open(str(tmp_path)), split="segments", index=0, attempt=1, hooks={"h": 2}, dtype="float32",
+        contexts=np.zeros((1, 5), np.int32), tokens=index, positions=index, context_ids=index, n_tokens=5,
+    )  # fmt: skip
+    writer.append({"h": np.zeros((4, 2), np.float32)})
+    with pytest.raises(ValueError, match="4 rows were written of 5"):
+        writer.commit()

@@ -1,0 +1,1 @@
+"""What runs on Ray: harvest, training, evaluation and export."""

@@ -1,0 +1,133 @@
+"""The Ray cluster as the dispatcher sees it: start, poll, cancel and kill attempts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final, Self, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from gnomon_workers.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, Poll
+from gnomon_workers.supervisor import Supervisor
+
+ANSWER_S: Final = 15.0
+"""Longest wait for a supervisor's answer before the cluster counts as unreachable."""
+START_S: Final = 60.0
+"""Longest wait for a new supervisor: a fresh worker process imports torch first."""
+SILENT_S: Final = 120.0
+"""A supervisor that does not answer for this long, on a cluster that does, is stopped for good: it is killed."""
+T = TypeVar("T")
+
+
+class RayCluster:
+    """Attempts on a Ray cluster, each under the name of its supervisor."""
+
+    def __init__(self, *, address: str | None, namespace: str) -> None:
+        """Connect to a running cluster; without an address, to the one on this machine."""
+        # Ray would otherwise run workers through `uv run` and report usage; both surprise an operator.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._use(namespace)
+        self._answering(lambda: ray.init(address=address or "auto", namespace=namespace, log_to_driver=False))
+
+    @classmethod
+    def connected(cls, *, namespace: str) -> Self:
+        """The cluster that this process is connected to already."""
+        cluster = cls.__new__(cls)
+        cluster._use(namespace)
+        return cluster
+
+    def _use(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._silent_since: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Disconnect; attempts go on."""
+        ray.shutdown()
+
+    def start(self, assignment: Assignment) -> None:
+        """Begin an attempt; returns once its supervisor is placed. Starting the same attempt twice is harmless."""
+
+        def begin() -> None:
+            supervisor: Any = (
+                ray.remote(Supervisor)
+                .options(
+                    name=_name(assignment.job_id, assignment.attempt),
+                    namespace=self._namespace,
+                    lifetime="detached",
+                    get_if_exists=True,
+                    num_cpus=0,
+                    max_restarts=0,
+                    max_concurrency=8,
+                )
+                .remote(assignment)
+            )
+            ray.get(supervisor.ready.remote(), timeout=START_S)
+
+        self._answering(begin)
+
+    def poll(self, job_id: str, attempt: int, after: int) -> Poll | None:
+        """Reports with seq > after; None if the cluster knows no such attempt (never begun, or lost)."""
+        supervisor = self._find(job_id, attempt)
+        if supervisor is None:
+            return None
+        name = _name(job_id, attempt)
+        try:
+            poll: Poll = self._answering(lambda: ray.get(supervisor.poll.remote(after), timeout=ANSWER_S))
+        except RayActorError:
+            return None
+        except ClusterUnreachable:
+            self.snapshot()  # the cluster answers, so it is this supervisor that does not
+            if time.monotonic() - self._silent_since.setdefault(name, time.monotonic()) < SILENT_S:
+                raise
+            self._answering(lambda: ray.kill(supervisor))
+            return None
+        self._silent_since.pop(name, None)
+        return poll
+
+    def cancel(self, job_id: str, attempt: int) -> None:
+        """Ask an attempt to stop; it ends with outcome "cancelled"."""
+        supervisor = self._find(job_id, attempt)
+        if supervisor is not None:
+            supervisor.cancel.remote()
+
+    def kill(self, job_id: str, attempt: int) -> None:
+        """End an attempt at once and free all it holds; harmless if it is gone."""
+        supervisor = self._find(job_id, attempt)
+        if supervisor is not None:
+            # its actors are owned by it, and end with it
+            self._answering(lambda: ray.kill(supervisor))
+
+    def snapshot(self) -> ClusterSnapshot:
+        """What the cluster has."""
+        resources = self._answering(ray.cluster_resources)
+        nodes = self._answering(ray.nodes)
+        return ClusterSnapshot(
+            n_cpus=float(resources.get("CPU", 0)),
+            n_gpus=float(resources.get("GPU", 0)),
+            n_nodes=sum(bool(node["Alive"]) for node in nodes),
+        )
+
+    def _find(self, job_id: str, attempt: int) -> Any:
+        name = _name(job_id, attempt)
+        try:
+            return self._answering(lambda: ray.get_actor(name, namespace=self._namespace))
+        except ValueError:  # no such actor, or a dead one
+            return None
+
+    def _answering(self, call: Callable[[], T]) -> T:
+        """Run a call; whatever says that the cluster does not answer becomes ClusterUnreachable."""
+        try:
+            return call()
+        except RayActorError:
+            raise
+        except (RayError, GetTimeoutError, ConnectionError, TimeoutError, RuntimeError) as error:
+            raise ClusterUnreachable(str(error).strip().split("\n", 1)[0]) from error
+
+
+def _name(job_id: str, attempt: int) -> str:
+    return f"{job_id}.a{attempt:04d}"

@@ -1,0 +1,119 @@
+"""Evaluation as a supervisor runs it: a gang of workers, their sums added up and divided once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from gnomon.errors import NotFound
+from gnomon.resources import EvaluateResult
+from gnomon.specs import EvaluateSpec, Evaluation
+from gnomon_storage.activations import ActivationStore
+from gnomon_storage.location import Location
+from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_metrics, total
+from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker, load_dictionary
+from gnomon_workers.export import published
+from gnomon_workers.gang import Gang
+from gnomon_workers.protocol import Assignment
+from gnomon_workers.reporting import Reporter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What an evaluation found."""
+
+    metrics: dict[str, Any]
+    firing_frequency: np.ndarray[tuple[int], np.dtype[np.float64]]
+    """(d_sae,) on held-out activations."""
+    tokens_per_s: float
+
+
+def run_evaluate(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
+    """An evaluate job: measure a published dictionary on the held-out text of its own store."""
+    spec = EvaluateSpec.model_validate(assignment.spec)
+    place = Location.open(assignment.storage_root).child("dictionaries", spec.dictionary)
+    record = published(place)
+    if record is None:
+        raise NotFound(f"no published dictionary {spec.dictionary!r} at {place.url}", code="dictionary_not_found")
+    folder = Location.open(record["location"])
+    measured = run_evaluation(assignment, reporter, folder, spec.evaluation, record["hook_name"])
+    dictionary = load_dictionary(folder)
+    metrics = {
+        **measured.metrics,
+        "alignment": alignment_metrics(dictionary.W_enc, dictionary.W_dec),
+        "tokens_per_s": {"evaluate": measured.tokens_per_s},
+    }
+    return EvaluateResult(dictionary_id=spec.dictionary, metrics=metrics).model_dump(mode="json")
+
+
+def run_evaluation(
+    assignment: Assignment, reporter: Reporter, folder: Location, evaluation: Evaluation, hook_name: str
+) -> Measured:
+    """Measure the dictionary in a folder on the held-out part of the assignment's store."""
+    store = ActivationStore.open(Location.open(assignment.storage_root).child("activations", assignment.store_id))
+    has_logits = store.manifest.model.get("kind_of_model", "causal") == "causal"
+    n_workers = _n_workers()
+    task = EvaluateTask(
+        store=store.location.url,
+        dictionary=folder.url,
+        hook_name=hook_name,
+        evaluation=evaluation,
+        has_logits=has_logits,
+        input_roots=assignment.input_roots,
+        n_workers=n_workers,
+    )
+    n_tokens = _n_tokens(store, evaluation, has_logits=has_logits)
+    reporter.phase("evaluate", total=n_tokens, unit="tokens")
+    began = time.monotonic()
+    core, patch = _gather(task, reporter, began)
+    reporter.progress(n_tokens)
+    metrics = core.result(k=load_dictionary(folder).cfg.k)
+    metrics |= _ce_metrics(patch, evaluation, has_logits=has_logits)
+    return Measured(
+        metrics=metrics,
+        firing_frequency=core.firing_frequency.cpu().numpy(),
+        tokens_per_s=n_tokens / (time.monotonic() - began),
+    )
+
+
+def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums, PatchSums | None]:
+    with Gang.start(EvaluateWorker, task.n_workers, use_gpu=_has_gpu()) as gang:
+
+        def tick() -> None:
+            reporter.check_cancelled()
+            done = sum(int(beat) for beat in gang.last_beats)
+            reporter.progress(done, rate=done / max(time.monotonic() - began, 1e-9))
+
+        parts = gang.watch([member.run.remote(task) for member in gang.members], tick, every_s=0.5)
+    return total([core for core, _ in parts]), total([patch for _, patch in parts])
+
+
+def _ce_metrics(patch: PatchSums | None, evaluation: Evaluation, *, has_logits: bool) -> dict[str, Any]:
+    if patch is not None:
+        return patch.result()
+    why = "not asked for" if not evaluation.ce else "no held-out text" if has_logits else "the model has no logits"
+    return {"ce_loss_score": None, "kl_score": None, "ce_skipped": why}
+
+
+def _n_tokens(store: ActivationStore, evaluation: Evaluation, *, has_logits: bool) -> int:
+    n_core = min(evaluation.n_tokens, store.manifest.n_held_out_rows)
+    if not (evaluation.ce and has_logits):
+        return n_core
+    length = store.manifest.context_length
+    n_contexts = sum(segment.n_contexts for segment in store.manifest.split("held_out"))
+    return n_core + length * min(n_contexts, -(-evaluation.n_ce_tokens // length))
+
+
+def _has_gpu() -> bool:
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def _n_workers() -> int:
+    """One for each GPU, or for each core up to four: beyond that loading the model costs more than it saves."""
+    resources = ray.cluster_resources()
+    return int(resources.get("GPU") or min(4, max(1, resources.get("CPU", 1))))

@@ -1,0 +1,130 @@
+"""A gang: actors that live and die together, on resources reserved for all of them at once.
+
+Losing one member loses the gang: whoever runs it raises WorkerLost, the attempt ends as lost, and the job runs again
+from its last checkpoint or segment. Members are owned by the supervisor, so they die with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gnomon_workers.reporting import WorkerLost
+
+PLACEMENT_DEADLINE_S: Final = 120.0
+"""An unsatisfiable placement group waits for ever; after this it is an error."""
+STALL_S: Final = 30.0
+"""A member that has not answered for this long is taken for dead: a stopped process is noticed by nothing else."""
+START_S: Final = 180.0
+"""The same for its first answer: a fresh process imports torch first, and a machine may be busy."""
+BEAT_EVERY_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class Gang:
+    """n actors of one class, one core or one whole GPU each; a context manager that ends them all."""
+
+    members: list[Any]
+    group: PlacementGroup
+    last_beats: list[Any] = field(default_factory=list)
+    """What each member last answered to `beat()`."""
+    _asked: dict[int, tuple[Any, float]] = field(default_factory=dict)
+    _started: set[int] = field(default_factory=set)
+
+    @classmethod
+    def start(cls, actor_class: Any, n_members: int, *, use_gpu: bool, env: dict[str, str] | None = None) -> Self:
+        """Reserve resources and start the members, with their index as the only argument.
+
+        Raises WorkerLost when the cluster cannot place them within PLACEMENT_DEADLINE_S.
+        """
+        resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
+        group = placement_group([dict(resources) for _ in range(n_members)], strategy="PACK")
+        if not group.wait(PLACEMENT_DEADLINE_S):
+            remove_placement_group(group)
+            raise WorkerLost(
+                f"the cluster could not place {n_members} workers ({'a GPU' if use_gpu else 'a core'} each) within "
+                f"{PLACEMENT_DEADLINE_S:.0f} s; it has {ray.cluster_resources()}, free {ray.available_resources()}"
+            )
+        threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
+        members = [
+            ray.remote(actor_class)
+            .options(
+                num_cpus=1,
+                num_gpus=1 if use_gpu else 0,
+                max_restarts=0,
+                max_concurrency=4,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                runtime_env={"env_vars": threads},
+            )
+            .remote(index)
+            for index in range(n_members)
+        ]
+        return cls(members=members, group=group, last_beats=[0] * n_members)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members:
+            # a busy actor outlives its dropped handle
+            ray.kill(member)
+        remove_placement_group(self.group)
+
+    def watch(self, running: Sequence[Any], on_tick: Callable[[], None], *, every_s: float = 0.2) -> list[Any]:
+        """Wait until all `running` references are done and return their values; on_tick runs meanwhile.
+
+        Members must have a method `beat()`. Raises WorkerLost when a member dies, fails or stops answering.
+        """
+        pending = list(running)
+        while pending:
+            with lost_as_such():
+                done, pending = ray.wait(pending, num_returns=len(pending), timeout=every_s)
+                ray.get(done)  # a failure is raised at once, not when the last member ends
+            self.check_beats()
+            on_tick()
+        with lost_as_such():
+            values: list[Any] = ray.get(list(running))
+        return values
+
+    def check_beats(self) -> None:
+        """Ask for beats that are due; raises WorkerLost when a member died or stopped answering."""
+        now = time.monotonic()
+        for index, member in enumerate(self.members):
+            beat, sent = self._asked.get(index, (None, 0.0))
+            if beat is None:
+                self._asked[index] = (member.beat.remote(), now)
+            elif now - sent > BEAT_EVERY_S and ray.wait([beat], timeout=0)[0]:
+                with lost_as_such():
+                    self.last_beats[index] = ray.get(beat)
+                self._asked[index] = (member.beat.remote(), now)
+                self._started.add(index)
+            elif now - sent > (STALL_S if index in self._started else START_S):
+                raise WorkerLost(f"worker {index} has not answered for {now - sent:.0f} s")
+
+
+class lost_as_such:  # noqa: N801 - used as a function
+    """A context manager that turns Ray's ways of losing a worker into WorkerLost."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RayActorError | WorkerCrashedError):
+            raise WorkerLost(f"a worker died: {_first_line(error)}") from error
+        if isinstance(error, RayTaskError):
+            raise WorkerLost(f"a worker failed: {_last_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rsplit("\n", 1)[-1]

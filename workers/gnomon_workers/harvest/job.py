@@ -1,0 +1,313 @@
+"""A harvest job, as its supervisor runs it: read and pack text, hand segments to a gang, seal the store."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Final
+
+import ray
+
+from gnomon.errors import InvalidRequest, NotFound
+from gnomon.resources import HarvestResult
+from gnomon.specs import HarvestSpec
+from gnomon_storage.activations import ActivationStore
+from gnomon_storage.location import Location
+from gnomon_storage.manifest import SegmentCommit
+from gnomon_storage.writing import load_commit, remove_leftovers, seal
+from gnomon_workers.gang import Gang, lost_as_such
+from gnomon_workers.harvest.catalog import ModelDescription, describe_model, store_id
+from gnomon_workers.harvest.model import model_folder
+from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
+from gnomon_workers.harvest.text import read_documents, resolve_text, text_fingerprint
+from gnomon_workers.harvest.tokens import Tokenizer, load_tokenizer, make_contexts
+from gnomon_workers.harvest.worker import Failure, HarvestTask, HarvestWorker
+from gnomon_workers.protocol import Assignment
+from gnomon_workers.reporting import Reporter
+
+QUEUED_PER_WORKER: Final = 2
+"""One segment under way and one waiting, so that no worker idles; more would only hold memory."""
+LOOKAHEAD_TOKENS: Final = 1 << 21
+"""Tokens packed before work begins: a text that ends within them has its exact length shown."""
+_PACKAGES: Final = ("gnomon", "numpy", "tokenizers", "torch", "transformers", "zarr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarvestRun:
+    """One attempt at a harvest, with its sources looked up."""
+
+    assignment: Assignment
+    spec: HarvestSpec
+    store: Location
+    model: ModelDescription
+    text_fingerprint: str
+    tokenizer: Tokenizer
+
+    def task(self) -> HarvestTask:
+        """What the workers are told."""
+        return HarvestTask(
+            spec=self.spec,
+            store=self.store.url,
+            attempt=self.assignment.attempt,
+            special_ids=self.tokenizer.special_ids,
+            input_roots=self.assignment.input_roots,
+        )
+
+
+def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
+    """Harvest the assignment's store; segments that an earlier attempt committed are kept as they are."""
+    store = Location.open(assignment.storage_root).child("activations", assignment.store_id)
+    sealed = find_sealed(store)
+    if sealed is not None:
+        return _result(sealed, n_tokens=0, tokens_per_s=None)
+    run = prepare(assignment, store)
+    plans, n_tokens = look_ahead(make_plans(run), run.spec.token_budget)
+    reporter.phase("harvest", total=n_tokens, unit="tokens")
+    progress = Progress(reporter=reporter)
+    commits = harvest_segments(run, plans, progress)
+    if not sum(commit.n_rows for commit in commits if commit.split == "segments"):
+        raise InvalidRequest(
+            "the text gives no row to train on; give more text, a shorter context_length, or a drop policy that "
+            "keeps more",
+            code="empty_corpus",
+        )
+    remove_leftovers(store, commits)
+    return _result(seal_store(run, commits), n_tokens=progress.n_new, tokens_per_s=progress.mean_rate())
+
+
+def find_sealed(store: Location) -> ActivationStore | None:
+    """The store, if it is sealed already."""
+    try:
+        return ActivationStore.open(store)
+    except NotFound:
+        return None
+
+
+def prepare(assignment: Assignment, store: Location) -> HarvestRun:
+    """Look the sources up again and load the tokenizer.
+
+    Raises InvalidRequest, "source_changed", where model or text are no longer what the job was accepted with.
+    """
+    spec = HarvestSpec.model_validate(assignment.spec)
+    model = describe_model(spec.model, assignment.input_roots)
+    fingerprint = text_fingerprint(resolve_text(spec.text, assignment.input_roots))
+    if store_id(spec, model.fingerprint, fingerprint) != assignment.store_id:
+        raise InvalidRequest(
+            "the model or the text was changed after the job was submitted; submit it again", code="source_changed"
+        )
+    return HarvestRun(
+        assignment=assignment,
+        spec=spec,
+        store=store,
+        model=model,
+        text_fingerprint=fingerprint,
+        tokenizer=load_tokenizer(model_folder(spec.model, assignment.input_roots)),
+    )
+
+
+def make_plans(run: HarvestRun) -> Iterator[SegmentPlan]:
+    """Every segment of the store, in an order that depends on the spec and the text alone."""
+    documents = read_documents(resolve_text(run.spec.text, run.assignment.input_roots))
+    return plan_segments(
+        make_contexts(documents, run.tokenizer, run.spec),
+        held_out_every=run.spec.held_out_every,
+        contexts_per_segment=max(1, run.spec.segment_tokens // run.spec.context_length),
+    )
+
+
+def look_ahead(plans: Iterator[SegmentPlan], token_budget: int) -> tuple[Iterator[SegmentPlan], int]:
+    """The same plans, and how many tokens they hold: exactly for a short text, else the budget."""
+    ahead: list[SegmentPlan] = []
+    n_tokens = 0
+    for plan in plans:
+        ahead.append(plan)
+        n_tokens += plan.n_tokens
+        if n_tokens >= LOOKAHEAD_TOKENS:
+            return chain(ahead, plans), token_budget
+    return iter(ahead), n_tokens
+
+
+def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Progress) -> list[SegmentCommit]:
+    """Commit every planned segment that is not committed yet; returns the commits of all."""
+    commits: list[SegmentCommit] = []
+    missing = skip_committed(run.store, plans, commits, progress)
+    first = next(missing, None)
+    if first is None:
+        return commits
+    n_workers = count_workers(run.spec, progress.reporter)
+    with Gang.start(HarvestWorker, n_workers, use_gpu=_has_gpu()) as gang:
+        task = run.task()
+        ready = gang.watch([member.prepare.remote(task) for member in gang.members], progress.reporter.check_cancelled)
+        for answer in ready:
+            if isinstance(answer, Failure):
+                raise answer.as_error()
+        for commit in _drive(gang, chain([first], missing), progress):
+            commits.append(commit)
+            progress.segment(commit, is_new=True)
+    return commits
+
+
+def skip_committed(
+    store: Location, plans: Iterable[SegmentPlan], commits: list[SegmentCommit], progress: Progress
+) -> Iterator[SegmentPlan]:
+    """Plans that still have to be done; the commits of the others are added to the list."""
+    for plan in plans:
+        commit = load_commit(store, plan.split, plan.index)
+        if commit is None:
+            yield plan
+        else:
+            commits.append(commit)
+            progress.segment(commit, is_new=False)
+
+
+def count_workers(spec: HarvestSpec, reporter: Reporter) -> int:
+    """Workers to start: as asked, else one for each device or core; never more than there are segments to do."""
+    resources = ray.cluster_resources()
+    available = max(1, int(resources.get("GPU", 0) or resources.get("CPU", 1)))
+    if spec.n_workers is not None and spec.n_workers > available:
+        message = f"n_workers={spec.n_workers}, and the cluster has room for {available}: taking {available}"
+        reporter.report("log", level="warning", message=message)
+    n_segments = -(-spec.token_budget // spec.segment_tokens) + 1  # one of them held out
+    return min(spec.n_workers or available, available, n_segments)
+
+
+def _has_gpu() -> bool:
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: Progress) -> Iterator[SegmentCommit]:
+    """Keep every member busy until the plans are used up, yielding commits as they are made."""
+    progress.begin()
+    under_way: dict[Any, int] = {}
+    load = [0] * len(gang.members)
+    while True:
+        while min(load) < QUEUED_PER_WORKER and (plan := next(plans, None)) is not None:
+            member = load.index(min(load))
+            under_way[gang.members[member].harvest.remote(plan)] = member
+            load[member] += 1
+        if not under_way:
+            return
+        with lost_as_such():
+            done, _ = ray.wait(list(under_way), num_returns=1, timeout=0.2)
+            answers = ray.get(done)
+        for reference, answer in zip(done, answers, strict=True):
+            load[under_way.pop(reference)] -= 1
+            if isinstance(answer, Failure):
+                raise answer.as_error()
+            yield answer
+        gang.check_beats()
+        progress.tick(sum(int(beat) for beat in gang.last_beats))
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Tokens done, of this attempt and of those before, and how fast lately."""
+
+    reporter: Reporter
+    window_s: float = 10.0
+    min_interval_s: float = 0.5
+    n_new: int = 0
+    """Tokens of segments committed by this attempt."""
+    _n_kept: int = 0
+    _done: int = 0
+    _began: float = 0.0
+    _reported: float = 0.0
+    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def begin(self) -> None:
+        """Workers are ready: the clock starts."""
+        self._began = time.monotonic()
+        self._seen.append((self._began, 0))
+
+    def segment(self, commit: SegmentCommit, *, is_new: bool) -> None:
+        """A segment is part of the store: harvested now, or kept from an earlier attempt."""
+        if is_new:
+            self.n_new += commit.n_tokens
+        else:
+            self._n_kept += commit.n_tokens
+        self.reporter.report(
+            "segment",
+            name=commit.name,
+            split=commit.split,
+            attempt=commit.attempt,
+            n_rows=commit.n_rows,
+            n_tokens=commit.n_tokens,
+            kept=not is_new,
+        )
+        self._advance(self._n_kept + self.n_new)
+
+    def tick(self, n_beaten: int) -> None:
+        """Workers say that n_beaten tokens have passed through the model; raises Cancelled."""
+        self.reporter.check_cancelled()
+        now = time.monotonic()
+        if now - self._reported >= self.min_interval_s:
+            self._reported = now
+            self._seen.append((now, n_beaten))
+            while len(self._seen) > 2 and now - self._seen[0][0] > self.window_s:
+                self._seen.popleft()
+            self._advance(self._n_kept + n_beaten)
+
+    def _advance(self, done: int) -> None:
+        # Beats come late and segments in any order, but progress never goes back.
+        self._done = max(self._done, done)
+        rate = None
+        if len(self._seen) > 1:
+            (then, n_then), (now, n_now) = self._seen[0], self._seen[-1]
+            rate = (n_now - n_then) / (now - then)
+        self.reporter.progress(self._done, rate=rate)
+
+    def mean_rate(self) -> float | None:
+        """Tokens a second since workers were ready; None where there was nothing to do."""
+        return self.n_new / (time.monotonic() - self._began) if self._began else None
+
+
+def seal_store(run: HarvestRun, commits: list[SegmentCommit]) -> ActivationStore:
+    """Write the manifest, with everything that is known of the rows' origin."""
+    spec = run.spec.model_dump(mode="json")
+    model = run.model
+    return seal(
+        run.store,
+        commits,
+        dtype=run.spec.dtype,
+        store_id=run.assignment.store_id,
+        spec=spec,
+        context_length=run.spec.context_length,
+        packing=spec["packing"],
+        drop=spec["drop"],
+        model={
+            "source": model.source,
+            "kind": model.kind,
+            "revision": model.revision,
+            "fingerprint": model.fingerprint,
+            "model_type": model.model_type,
+            "kind_of_model": "causal" if model.is_causal else "encoder",
+            "n_layers": model.n_layers,
+            "n_parameters": model.n_parameters,
+        },
+        tokenizer=run.tokenizer.provenance(),
+        text={"sources": spec["text"], "fingerprint": run.text_fingerprint},
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+    )
+
+
+def _result(store: ActivationStore, *, n_tokens: int, tokens_per_s: float | None) -> Mapping[str, Any]:
+    manifest = store.manifest
+    result = HarvestResult(
+        store_id=manifest.store_id,
+        n_rows=manifest.n_rows,
+        n_held_out_rows=manifest.n_held_out_rows,
+        n_tokens=n_tokens,
+        tokens_per_s=tokens_per_s,
+    )
+    record = {
+        "n_rows": manifest.n_rows,
+        "n_held_out_rows": manifest.n_held_out_rows,
+        "n_bytes": manifest.n_bytes,
+        "hooks": {name: hook.d_in for name, hook in manifest.hooks.items()},
+        "location": store.location.url,
+    }
+    return {**result.model_dump(mode="json"), "record": record}

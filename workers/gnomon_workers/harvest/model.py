@@ -1,0 +1,118 @@
+"""The model whose activations are read: loaded from safetensors alone, and stopped after the last hook.
+
+No code from a model's repository is ever run, and no pickled weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from gnomon.errors import Unavailable
+from gnomon.specs import ModelSource
+from gnomon_storage.location import resolve_input
+from gnomon_workers.harvest.checkpoint_files import read_config
+from gnomon_workers.harvest.gguf_folder import gguf_folder
+from gnomon_workers.harvest.hub import HUB_ID, MODEL_FILES
+from gnomon_workers.harvest.modules import is_causal
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to be read, in evaluation mode."""
+
+    module: nn.Module
+    is_causal: bool
+    """Whether it predicts tokens; an encoder does not."""
+    device: torch.device
+
+
+def load_model(source: ModelSource, input_roots: Sequence[str], *, device: torch.device) -> LoadedModel:
+    """Load a model: AutoModelForCausalLM where its config names a causal class, else AutoModel."""
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # there is no terminal on a worker
+    folder = model_folder(source, input_roots)
+    causal = is_causal(read_config(folder))
+    auto = AutoModelForCausalLM if causal else AutoModel
+    module = auto.from_pretrained(
+        folder, dtype=_DTYPES[source.dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return LoadedModel(module=module.eval().requires_grad_(False).to(device), is_causal=causal, device=device)
+
+
+def model_folder(source: ModelSource, input_roots: Sequence[str]) -> Path:
+    """A local Hugging Face folder of a model: given, downloaded from the hub, or converted from GGUF."""
+    is_gguf = source.source.lower().endswith(".gguf")
+    if HUB_ID.match(source.source) and not is_gguf:
+        return _hub_folder(source)
+    path = resolve_input(source.source, input_roots, schemes=("file",)).local_path()
+    assert path is not None
+    return gguf_folder(path) if is_gguf else path
+
+
+def _hub_folder(source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(source.source, revision=source.revision, allow_patterns=list(MODEL_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise Unavailable(
+            f"model {source.source!r} (revision {source.revision or 'main'}) could not be fetched from the hub: "
+            f"{str(error).splitlines()[0]}",
+            code="hub_unreachable",
+        ) from error
+    return Path(folder)
+
+
+class _Stop(Exception):
+    """Every hook was seen; nothing above is needed."""
+
+
+@torch.inference_mode()
+def read_activations(
+    model: nn.Module, hooks: Sequence[str], input_ids: Tensor, attention_mask: Tensor
+) -> dict[str, Tensor]:
+    """Outputs of the hooked modules, (contexts, length, d_in) each; the forward pass ends at the last of them.
+
+    input_ids and attention_mask are (contexts, length). Raises KeyError for a hook that the pass never reaches.
+    """
+    seen: dict[str, Tensor] = {}
+    with _recording(model, hooks, seen), suppress(_Stop):
+        model(input_ids=input_ids, attention_mask=attention_mask, **_without_cache(model))
+    return {hook: seen[hook] for hook in hooks}
+
+
+@contextmanager
+def _recording(model: nn.Module, hooks: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
+    def recorder(name: str) -> Any:
+        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+            # decoder layers return a tensor in transformers 5, a tuple in older releases and some models
+            seen[name] = output if isinstance(output, Tensor) else output[0]
+            if len(seen) == len(hooks):
+                raise _Stop
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """Keyword arguments that keep a decoder from filling a key-value cache nobody reads."""
+    config = getattr(model, "config", None)
+    return {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}

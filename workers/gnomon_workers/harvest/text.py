@@ -1,0 +1,204 @@
+"""Documents from files: .txt (one document each), .jsonl, .json and .parquet, read as a stream.
+
+Light enough for the API process, which looks for a first document before it accepts a job.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from gnomon.errors import InvalidRequest
+from gnomon.specs import TextSource
+from gnomon_storage.location import Location, resolve_input
+from gnomon_workers.harvest.fingerprint import combine, file_digest
+
+Format = Literal["txt", "jsonl", "json", "parquet"]
+_ENDINGS: Final[dict[str, Format]] = {
+    ".txt": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet",
+}  # fmt: skip
+_PARQUET_ROWS: Final = 1024
+MAX_LINE_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """One file of a source."""
+
+    location: Location
+    format: Format
+    field: str
+
+
+def resolve_text(sources: Sequence[TextSource], input_roots: Sequence[str]) -> tuple[TextFile, ...]:
+    """The files of all sources in reading order.
+
+    Raises InvalidRequest: "location_not_allowed" outside the roots, "missing_file", "unknown_format".
+    """
+    return tuple(
+        TextFile(location, _format(source, location), source.field)
+        for source in sources
+        for location in _expand(source.url, input_roots)
+    )
+
+
+def read_documents(files: Sequence[TextFile]) -> Iterator[str]:
+    """Every document that is not blank, in order.
+
+    Raises InvalidRequest, "bad_text" or "unknown_field", naming file and line where something is wrong.
+    """
+    for file in files:
+        for document in _READERS[file.format](file):
+            if document.strip():
+                yield document
+
+
+def check_text(sources: Sequence[TextSource], input_roots: Sequence[str]) -> str:
+    """Fingerprint of the text, once every file is seen to be there and a first document was read.
+
+    Raises InvalidRequest as `resolve_text` and `read_documents` do, and "empty_corpus" where there is no document.
+    """
+    files = resolve_text(sources, input_roots)
+    if next(read_documents(files), None) is None:
+        names = ", ".join(repr(source.url) for source in sources)
+        raise InvalidRequest(f"there is no text in {names}: every document is empty", code="empty_corpus")
+    return text_fingerprint(files)
+
+
+def text_fingerprint(files: Sequence[TextFile]) -> str:
+    """A digest of the documents' bytes and of how they are read; the files' names do not matter."""
+    return combine({"text": [[file.format, file.field, file_digest(file.location)] for file in files]})
+
+
+def _expand(url: str, input_roots: Sequence[str]) -> list[Location]:
+    """The files that a URL or pattern names; * stands for any characters but a slash."""
+    if "*" not in url:
+        location = resolve_input(url, input_roots)
+        if not location.is_file():
+            raise InvalidRequest(f"text file {url!r} does not exist; check the path", code="missing_file")
+        return [location]
+    head, *rest = re.split(r"/(?=[^/]*\*)", url, maxsplit=1)
+    if not rest:
+        raise InvalidRequest(f"pattern {url!r} has no folder; write the whole path", code="location_not_allowed")
+    pattern, _, below = rest[0].partition("/")
+    matcher = re.compile(".*".join(re.escape(part) for part in pattern.split("*")))
+    folder = resolve_input(head, input_roots)
+    names = [name for name in folder.list() if matcher.fullmatch(name) and not name.startswith(".")]
+    found = [location for name in names for location in _expand_child(f"{head}/{name}", below, input_roots)]
+    if not found:
+        raise InvalidRequest(f"no text file matches {url!r}; check the pattern", code="missing_file")
+    return found
+
+
+def _expand_child(url: str, below: str, input_roots: Sequence[str]) -> list[Location]:
+    """Files of one match: the match itself, or what the rest of the pattern names below it."""
+    if not below:
+        location = resolve_input(url, input_roots)
+        return [location] if location.is_file() else []
+    try:
+        return _expand(f"{url}/{below}", input_roots)
+    except InvalidRequest as error:
+        if error.code != "missing_file":
+            raise
+        return []  # this branch has none, another may
+
+
+def _format(source: TextSource, location: Location) -> Format:
+    if source.format != "auto":
+        return source.format
+    for ending, found in _ENDINGS.items():
+        if location.name.lower().endswith(ending):
+            return found
+    raise InvalidRequest(
+        f"cannot tell the format of {location.name!r} by its ending; set format to txt, jsonl, json or parquet",
+        code="unknown_format",
+    )
+
+
+def _read_txt(file: TextFile) -> Iterator[str]:
+    yield _decode(file.location.read_bytes(), file, None)
+
+
+def _read_jsonl(file: TextFile) -> Iterator[str]:
+    with file.location.open_read() as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES):
+            number += 1
+            text = _decode(line, file, number)
+            if text.strip():
+                yield _text_of(_parse(text, file, number), file, f"line {number}")
+
+
+def _read_json(file: TextFile) -> Iterator[str]:
+    items = _parse(_decode(file.location.read_bytes(), file, None), file, None)
+    if isinstance(items, dict):
+        items = list(items.values())
+    if not isinstance(items, list):
+        raise _bad(file, None, f"is a JSON {type(items).__name__}, wanted a list or an object of documents")
+    for number, item in enumerate(items):
+        yield _text_of(item, file, f"item {number}")
+
+
+def _read_parquet(file: TextFile) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with file.location.open_read() as stream:
+        try:
+            table = pq.ParquetFile(stream)
+            if file.field not in table.schema_arrow.names:
+                raise _unknown_field(file, "", table.schema_arrow.names)
+            number = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[file.field]):
+                for value in batch.column(0).to_pylist():
+                    yield _text_of(value, file, f"row {number}")
+                    number += 1
+        except pa.ArrowException as error:
+            raise _bad(file, None, f"is not readable Parquet: {error}") from error
+
+
+_READERS: Final = {"txt": _read_txt, "jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
+
+
+def _decode(data: bytes, file: TextFile, line: int | None) -> str:
+    try:
+        return data.decode("utf-8-sig" if line in (None, 1) else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _bad(file, line, f"is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from error
+
+
+def _parse(text: str, file: TextFile, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, line, f"is not JSON: {error}") from error
+
+
+def _text_of(item: Any, file: TextFile, where: str) -> str:
+    """The text of one record: a string, or a field of an object; null counts as empty."""
+    if isinstance(item, dict):
+        if file.field not in item:
+            raise _unknown_field(file, where, list(item))
+        item = item[file.field]
+    if item is None:
+        return ""
+    if not isinstance(item, str):
+        raise _bad(file, where, f"holds a {type(item).__name__}, wanted text")
+    return item
+
+
+def _bad(file: TextFile, where: int | str | None, what: str) -> InvalidRequest:
+    place = f" line {where}" if isinstance(where, int) else f" {where}" if where else ""
+    return InvalidRequest(f"{file.location.name!r}{place} {what}", code="bad_text")
+
+
+def _unknown_field(file: TextFile, where: str, fields: Sequence[str]) -> InvalidRequest:
+    known = ", ".join(repr(field) for field in sorted(map(str, fields))[:20]) or "none"
+    place = f" {where}" if where else ""
+    return InvalidRequest(
+        f"{file.location.name!r}{place} has no field {file.field!r}; it has {known}; set the source's field",
+        code="unknown_field",
+    )

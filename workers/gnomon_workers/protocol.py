@@ -1,0 +1,96 @@
+"""What the dispatcher and the workers say to each other; imports neither Ray nor torch.
+
+The dispatcher hands an `Assignment` to a cluster and then polls it for `Report`s until there is an `Outcome`.
+Workers never reach the database: everything they know travels in reports, and every path they write contains
+the attempt, so a stale attempt can harm nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+ReportKind = Literal["phase", "progress", "metrics", "checkpoint", "segment", "log"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """One attempt at one job, with everything a worker needs to do it."""
+
+    job_id: str
+    attempt: int
+    project: str
+    kind: Literal["harvest", "train", "evaluate"]
+    spec: Mapping[str, Any]
+    """The job's spec as JSON; sources are resolved (revisions pinned)."""
+    storage_root: str
+    """fsspec URL under which this project's bytes live."""
+    input_roots: tuple[str, ...]
+    """Roots that text and local models may be read from."""
+    store_id: str
+    """The activation store that is harvested, trained on, or evaluated against."""
+    dictionary_id: str | None = None
+    """The dictionary that a train job publishes, or an evaluate job measures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Something a worker saw; seq grows by one within an attempt, from 1."""
+
+    seq: int
+    kind: ReportKind
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an attempt ended."""
+
+    status: Literal["succeeded", "failed", "lost", "cancelled"]
+    """"failed" is final (the job's own fault); "lost" is an infrastructure loss, and the job runs again."""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """A HarvestResult, TrainResult or EvaluateResult as JSON, and beside it `record`: the fields of the
+    ActivationStore or Dictionary resource that the job made."""
+    code: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poll:
+    """Reports after the given seq, oldest first, and the outcome once all reports are in."""
+
+    reports: tuple[Report, ...]
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSnapshot:
+    """Resources of the cluster, in total."""
+
+    n_cpus: float
+    n_gpus: float
+    n_nodes: int
+
+
+class ClusterUnreachable(Exception):
+    """The cluster does not answer: nothing is known of the gangs on it. Doubt never fails a job."""
+
+
+class Cluster(Protocol):
+    """Where attempts run. Every method raises ClusterUnreachable where the cluster does not answer."""
+
+    def start(self, assignment: Assignment) -> None:
+        """Begin an attempt; returns once its supervisor is placed. Starting the same attempt twice is harmless."""
+
+    def poll(self, job_id: str, attempt: int, after: int) -> Poll | None:
+        """Reports with seq > after; None if the cluster knows no such attempt (never begun, or lost)."""
+
+    def cancel(self, job_id: str, attempt: int) -> None:
+        """Ask an attempt to stop; it ends with outcome "cancelled"."""
+
+    def kill(self, job_id: str, attempt: int) -> None:
+        """End an attempt at once and free all it holds; harmless if it is gone."""
+
+    def snapshot(self) -> ClusterSnapshot:
+        """What the cluster has."""

@@ -1,0 +1,75 @@
+"""What a job tells the dispatcher while it runs: a buffer of reports, written by the job and polled from outside."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Final
+
+from gnomon_workers.protocol import Report, ReportKind
+
+_PROGRESS_SHARE: Final = 1 / 200
+_PROGRESS_MIN_S: Final = 0.4
+_PROGRESS_MAX_S: Final = 15.0
+"""Seconds between progress reports: a 200th of the phase so far, within these bounds."""
+
+
+class Cancelled(Exception):
+    """The user asked the job to stop."""
+
+
+class WorkerLost(Exception):
+    """A worker died, hung or could not be placed: an infrastructure loss, the attempt is run again."""
+
+
+class Reporter:
+    """Reports of one attempt, numbered from 1; safe to use from several threads.
+
+    Reports are kept until the attempt ends: a dispatcher that comes back asks again from the last one it stored.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reports: list[Report] = []
+        self._cancelled = threading.Event()
+        self._phase: dict[str, Any] = {"phase": "", "total": None, "unit": ""}
+        self._phase_began = self._progress_due = 0.0
+
+    def report(self, kind: ReportKind, **data: Any) -> None:
+        """Add a report; data must be JSON-serialisable."""
+        with self._lock:
+            self._reports.append(Report(seq=len(self._reports) + 1, kind=kind, data=data))
+
+    def phase(self, name: str, *, total: int | None, unit: str) -> None:
+        """Enter a phase: "harvest", "train", "evaluate" or "export"."""
+        self._phase = {"phase": name, "total": total, "unit": unit}
+        self._phase_began = time.monotonic()
+        self._progress_due = 0.0
+        self.report("phase", **self._phase)
+        self.progress(0)
+
+    def progress(self, done: int, *, rate: float | None = None) -> None:
+        """Say how many units of the present phase are done, and how many a second lately.
+
+        Every report is stored for ever, so they come less often the longer the phase lasts; the last is always kept.
+        """
+        now = time.monotonic()
+        if now < self._progress_due and done != self._phase["total"]:
+            return
+        age_s = now - self._phase_began
+        self._progress_due = now + min(max(age_s * _PROGRESS_SHARE, _PROGRESS_MIN_S), _PROGRESS_MAX_S)
+        self.report("progress", **self._phase, done=done, rate=rate)
+
+    def after(self, seq: int) -> tuple[Report, ...]:
+        """Reports with a number above seq, oldest first."""
+        with self._lock:
+            return tuple(self._reports[seq:])
+
+    def cancel(self) -> None:
+        """Ask the job to stop at its next check."""
+        self._cancelled.set()
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled if the job was asked to stop."""
+        if self._cancelled.is_set():
+            raise Cancelled

@@ -1,0 +1,73 @@
+"""The supervisor: one detached Ray actor for each attempt, which runs the job and keeps what it has to say.
+
+It outlives the dispatcher that started it, owns every other actor of the attempt, and is the only one that the
+dispatcher talks to: a dispatcher that comes back finds it by name and goes on polling from the last report it stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from gnomon.errors import GnomonError
+from gnomon_workers.evaluate.job import run_evaluate
+from gnomon_workers.harvest.job import run_harvest
+from gnomon_workers.protocol import Assignment, Outcome, Poll
+from gnomon_workers.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.train.job import run_train
+
+logger = logging.getLogger(__name__)
+
+RUNNERS: Final[Mapping[str, Callable[[Assignment, Reporter], Mapping[str, Any]]]] = {
+    "harvest": run_harvest,
+    "train": run_train,
+    "evaluate": run_evaluate,
+}
+
+
+class Supervisor:
+    """Runs one attempt in a thread, and answers polls meanwhile."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+        self._reporter = Reporter()
+        self._outcome: Outcome | None = None
+        self._thread = threading.Thread(target=self._run, name="job", daemon=True)
+        self._thread.start()
+
+    def ready(self) -> bool:
+        """Answers once the actor is placed."""
+        return True
+
+    def poll(self, after: int) -> Poll:
+        """Reports with a number above `after`, and the outcome once there is one."""
+        # The outcome is read first: reports made before it are then never missed.
+        outcome = self._outcome
+        return Poll(reports=self._reporter.after(after), outcome=outcome)
+
+    def cancel(self) -> None:
+        """Ask the job to stop."""
+        self._reporter.cancel()
+
+    def _run(self) -> None:
+        runner = RUNNERS[self._assignment.kind]
+        try:
+            result = runner(self._assignment, self._reporter)
+            self._outcome = Outcome(status="succeeded", result=dict(result))
+        except Cancelled:
+            self._outcome = Outcome(status="cancelled")
+        except WorkerLost as error:
+            self._outcome = Outcome(status="lost", code="worker_lost", message=str(error))
+        except GnomonError as error:
+            self._outcome = Outcome(
+                status="lost" if error.retryable else "failed", code=error.code, message=error.message
+            )
+        except Exception as error:
+            # The outermost loop of the attempt: whatever it is, the dispatcher must hear of it.
+            logger.exception("attempt failed", extra={"job_id": self._assignment.job_id})
+            trace = traceback.format_exc(limit=-3)
+            self._reporter.report("log", level="error", message=trace)
+            self._outcome = Outcome(status="lost", code="internal", message=f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""The training loop: batches in, checkpoints and metrics out."""
