@@ -173,6 +173,11 @@ def revoke_key(key_id: str) -> Request[None]:
     return Request(method="DELETE", path=_path("keys", key_id), parse=_nothing)
 
 
+def delete_activations(store_id: str) -> Request[None]:
+    """DELETE /v1/activations/{id}."""
+    return Request(method="DELETE", path=_path("activations", store_id), parse=_nothing)
+
+
 def cluster() -> Request[Cluster]:
     """GET /v1/cluster."""
     return Request(method="GET", path="/v1/cluster", parse=Cluster.model_validate_json)

@@ -137,6 +137,10 @@ class AsyncClient:
         """Revoke an API key."""
         await self._session.send(_requests.revoke_key(key_id))
 
+    async def delete_activations(self, store_id: str) -> None:
+        """Delete an activation store that no job uses; the same harvest then makes it anew."""
+        await self._session.send(_requests.delete_activations(store_id))
+
     async def cluster(self) -> Cluster:
         """What the service can run on."""
         return await self._session.send(_requests.cluster())

@@ -309,6 +309,15 @@ def issue_key(
     show_json(made) if as_json else show_line(made.key)
 
 
+@app.command("delete-activations", epilog="Example: `gnomon delete-activations act_0123...`")
+def delete_activations(
+    ctx: typer.Context, store_id: Annotated[str, typer.Argument(metavar="STORE", help="Id of an activation store.")]
+) -> None:
+    """Delete an activation store that no job uses; the same harvest then makes it anew."""
+    _client(ctx).delete_activations(store_id)
+    show_line(f"{store_id} is deleted")
+
+
 @keys_app.command("revoke")
 def revoke_key(ctx: typer.Context, key_id: Annotated[str, typer.Argument(metavar="KEY", help="Id of a key.")]) -> None:
     """Revoke an API key; it is refused from then on."""

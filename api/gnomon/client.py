@@ -148,6 +148,10 @@ class Client:
         """Revoke an API key."""
         self._session.send(_requests.revoke_key(key_id))
 
+    def delete_activations(self, store_id: str) -> None:
+        """Delete an activation store that no job uses; the same harvest then makes it anew."""
+        self._session.send(_requests.delete_activations(store_id))
+
     def cluster(self) -> Cluster:
         """What the service can run on."""
         return self._session.send(_requests.cluster())

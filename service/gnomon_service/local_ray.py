@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from gnomon_service.processes import free_port
@@ -69,7 +70,10 @@ class LocalRay:
         argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         argv += [f"--node-ip-address={HOST}", f"--port={self.port}", f"--temp-dir={self.folder}"]
         argv += ["--include-dashboard=false", "--disable-usage-stats"]
-        argv += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        argv.append(f"--dashboard-agent-listen-port={free_port()}")
+        if find_spec("grpc") is not None:
+            # With grpc at hand Ray serves its client protocol too, on a fixed port; without, it refuses the option.
+            argv.append(f"--ray-client-server-port={free_port()}")
         argv += [f"--object-store-memory={settings.object_store_bytes}"]
         if settings.n_cpus is not None:
             argv.append(f"--num-cpus={settings.n_cpus}")

@@ -21,6 +21,7 @@ MARKER = "GNOMON_UP_ID"
 """Environment variable that every process of one `gnomon up` inherits."""
 _LONGEST_PAUSE_S = 10.0
 _HEALTHY_S = 20.0
+_HOPELESS = 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +64,11 @@ class Child:
             )
         self._started_at = time.monotonic()
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it has died soon after its start, time and again."""
+        return self._n_failures >= _HOPELESS
+
     def pause_s(self) -> float:
         """How long to wait before it is started again: longer each time that it does not live long."""
         lived_s = time.monotonic() - self._started_at
@@ -103,6 +109,10 @@ class Supervisor:
         self._children = [*self._children, child]
         if not self._thread.is_alive():
             self._thread.start()
+
+    def hopeless(self) -> Child | None:
+        """A child that does not stay up, if there is one."""
+        return next((child for child in self._children if child.is_hopeless), None)
 
     def stop(self) -> None:
         """End all children, the last one started first."""

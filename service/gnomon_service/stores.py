@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
-from gnomon.errors import CorruptArtifact
-from gnomon.resources import Dictionary, HarvestResult
+from gnomon.errors import Conflict, CorruptArtifact, NotFound
+from gnomon.resources import TERMINAL_STATES, Dictionary, HarvestResult
 from gnomon.specs import HarvestSpec
 from gnomon_service.db.engine import database_now
-from gnomon_service.db.tables import activation_stores, dictionaries
+from gnomon_service.db.tables import activation_stores, dictionaries, jobs
+from gnomon_storage.location import Location
 
 
 class StoreRecord(BaseModel):
@@ -84,6 +85,33 @@ def fail_store(connection: Connection, job: RowMapping) -> None:
             activation_stores.c.job_id == job["id"],
             activation_stores.c.state == "harvesting",
         )
+        .values(state="failed")
+    )
+
+
+def delete_store(connection: Connection, project: str, store_id: str) -> None:
+    """Delete a store's bytes, and mark its row failed, so that the same harvest makes it anew.
+
+    The bytes go while the row is locked: no harvest of the same store can begin among them. Where this is cut off,
+    the row still says "sealed", the next user of the store finds it damaged, and deleting it again is right.
+    Raises NotFound, and Conflict, code "store_in_use", while a job that has not ended reads or makes it.
+    """
+    store = find_store(connection, project, store_id)
+    if store is None:
+        raise NotFound(f"no activation store {store_id!r} in this project", code="store_not_found")
+    users = select(jobs.c.id).where(
+        jobs.c.project == project, jobs.c.store_id == store_id, jobs.c.state.not_in(TERMINAL_STATES)
+    )
+    user = connection.execute(users.limit(1)).scalar()
+    if user is not None:
+        raise Conflict(
+            f"activation store {store_id!r} is in use by job {user!r}; wait for it, or cancel it",
+            code="store_in_use",
+        )
+    Location.open(store["location"]).delete()
+    connection.execute(
+        update(activation_stores)
+        .where(activation_stores.c.project == project, activation_stores.c.id == store_id)
         .values(state="failed")
     )
 

@@ -148,6 +148,12 @@ class Embedded:
     def _wait_until(self, is_done: Callable[[], bool], child: Child) -> None:
         deadline = time.monotonic() + _START_S
         while not is_done():
+            failing = self._supervisor.hopeless()
+            if failing is not None:
+                raise Unavailable(
+                    f"{failing.name} ends soon after every start; {failing.log} ends: {failing.last_lines()}",
+                    code="start_failed",
+                )
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"{child.name} did not start within {_START_S:g} s; {child.log} ends: {child.last_lines()}",

@@ -99,9 +99,11 @@ class ActivationStore:
         try:
             data = place.read_bytes()
         except NotFound as error:
-            raise CorruptArtifact(f"{place.url} is missing; harvest the store again") from error
+            raise CorruptArtifact(f"{place.url} is missing; delete the store and harvest it again") from error
         if digest_of(data) != segment.commit_sha256:
-            raise CorruptArtifact(f"{place.url} is not the commit that was sealed; harvest the store again")
+            raise CorruptArtifact(
+                f"{place.url} is not the commit that was sealed; delete the store and harvest it again"
+            )
         return parse_commit(data, place.url)
 
     def _files(self) -> Iterator[tuple[Location, str, int, str]]:
@@ -145,4 +147,4 @@ def _check_file(folder: Location, name: str, n_bytes: int, sha256: str) -> None:
 
 
 def _damaged(folder: Location, name: str, what: str) -> CorruptArtifact:
-    return CorruptArtifact(f"{folder.url}/{name} {what}; harvest the store again")
+    return CorruptArtifact(f"{folder.url}/{name} {what}; delete the store and harvest it again")

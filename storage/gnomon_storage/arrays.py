@@ -73,7 +73,7 @@ def open_array(group: Location, name: str, *, shape: tuple[int, ...], chunk_rows
     try:
         metadata = place.child("zarr.json").read_json()
     except NotFound as error:
-        raise CorruptArtifact(f"{place.url} has lost its zarr.json; harvest the store again") from error
+        raise CorruptArtifact(f"{place.url} has lost its zarr.json; delete the store and harvest it again") from error
     check_metadata(metadata, place.url, shape=shape, chunk_rows=chunk_rows, dtype=dtype)
     store = group.zarr_store(read_only=True)
     with _pipeline(group):
@@ -102,7 +102,7 @@ def check_metadata(metadata: Any, url: str, *, shape: tuple[int, ...], chunk_row
         if got != wanted:
             raise CorruptArtifact(
                 f"{url}/zarr.json has {key}={json.dumps(got)[:200]}, wanted {json.dumps(wanted)}; "
-                "harvest the store again"
+                "delete the store and harvest it again"
             )
 
 
@@ -119,7 +119,9 @@ def read_rows(array: ZarrArray, group: Location, name: str, start: int, stop: in
         for chunk in range(start // array.chunks[0], -(-stop // array.chunks[0])):
             path = root / name / chunk_key(chunk, len(array.shape))
             if not path.is_file() or path.stat().st_size != n_bytes:
-                raise CorruptArtifact(f"{path} is missing or not {n_bytes} bytes long; harvest the store again")
+                raise CorruptArtifact(
+                    f"{path} is missing or not {n_bytes} bytes long; delete the store and harvest it again"
+                )
     try:
         return np.asarray(array[start:stop])
     except ValueError as error:
@@ -151,5 +153,5 @@ class _StrictStore(WrapperStore[Store]):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         value = await super().get(key, prototype, byte_range)
         if value is None and "/c/" in key:
-            raise CorruptArtifact(f"chunk {key!r} is missing; harvest the store again")
+            raise CorruptArtifact(f"chunk {key!r} is missing; delete the store and harvest it again")
         return value

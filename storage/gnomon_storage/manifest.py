@@ -158,9 +158,11 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        raise CorruptArtifact(f"manifest {url} is damaged: {_first(error)}; harvest the store again") from error
+        raise CorruptArtifact(
+            f"manifest {url} is damaged: {_first(error)}; delete the store and harvest it again"
+        ) from error
     if manifest.digest != manifest.expected_digest():
-        raise CorruptArtifact(f"manifest {url} was changed after it was written; harvest the store again")
+        raise CorruptArtifact(f"manifest {url} was changed after it was written; delete the store and harvest it again")
     return manifest
 
 
@@ -169,7 +171,9 @@ def parse_commit(data: bytes, url: str) -> SegmentCommit:
     try:
         return SegmentCommit.model_validate_json(data)
     except ValidationError as error:
-        raise CorruptArtifact(f"commit {url} is damaged: {_first(error)}; harvest the store again") from error
+        raise CorruptArtifact(
+            f"commit {url} is damaged: {_first(error)}; delete the store and harvest it again"
+        ) from error
 
 
 def _first(error: ValidationError) -> str:

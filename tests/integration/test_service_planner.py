@@ -119,5 +119,21 @@ def test_a_sealed_store_is_used_and_a_damaged_one_refused(service: Service) -> N
         refuse(service, service.train(activations=activations), 409, "corrupt_artifact")
 
 
+def test_a_damaged_store_is_deleted_and_harvested_again(service: Service) -> None:
+    store_id = seal_real(service)
+    inline = service.harvest(hooks=["model.layers.0"])
+    root = service.settings.home / "store/projects/default/activations" / store_id
+    next(path for path in sorted(root.rglob("c/*")) if path.is_file()).unlink()
+    refuse(service, service.train(activations=inline), 409, "corrupt_artifact")
+    assert service.client().delete(f"/v1/activations/{store_id}").status_code == 204
+    assert not root.exists()
+    train = service.submit(service.train(activations=inline))
+    assert len(train.depends_on) == 1
+    in_use = service.client().delete(f"/v1/activations/{store_id}")
+    assert (in_use.status_code, in_use.json()["code"]) == (409, "store_in_use")
+    absent = service.client().delete(f"/v1/activations/act_{'0' * 32}")
+    assert (absent.status_code, absent.json()["code"]) == (404, "store_not_found")
+
+
 def test_an_unknown_dictionary_cannot_be_evaluated(service: Service) -> None:
     refuse(service, {"kind": "evaluate", "dictionary": "dict_" + "0" * 26}, 404, "dictionary_not_found")

@@ -14,7 +14,11 @@ import httpx2
 import psutil
 import pytest
 
+from gnomon.errors import Unavailable
+from gnomon_service.local_ray import LocalRay
 from gnomon_service.processes import find_processes, sweep
+from gnomon_service.settings import load_settings
+from gnomon_service.up import Embedded
 
 pytestmark = pytest.mark.slow
 
@@ -123,3 +127,18 @@ def find_listeners_beyond_loopback(up: Up) -> list[str]:
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and "127.0.0.1" not in connection.laddr.ip
     ]
+
+
+def test_a_child_that_cannot_start_is_named_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soon, and with nothing left running; two minutes of silence would say less."""
+    monkeypatch.setattr(
+        LocalRay, "argv", lambda *_: [sys.executable, "-c", "print('no port for me'); raise SystemExit(3)"]
+    )
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"(?s)ray ends soon after every start.*no port for me") as error:
+        Embedded(load_settings(home=tmp_path, port=0)).__enter__()
+    assert error.value.code == "start_failed"
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "up.json").exists()

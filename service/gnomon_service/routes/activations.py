@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from gnomon.resources import ActivationStore, Page
-from gnomon_service import reads
-from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep
+from gnomon_service import reads, stores
+from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep, Writer
 
 router = APIRouter(prefix="/v1/activations", tags=["activations"])
 
@@ -25,3 +25,10 @@ def read_store(store_id: str, principal: Reader, services: ServicesDep) -> Activ
     """One activation store."""
     with services.database.read() as connection:
         return reads.read_store(connection, principal.project, store_id)
+
+
+@router.delete("/{store_id}", status_code=204)
+def delete_store(store_id: str, principal: Writer, services: ServicesDep) -> None:
+    """Delete a store's activations; the same harvest then makes them anew."""
+    with services.database.write() as connection:
+        stores.delete_store(connection, principal.project, store_id)
