@@ -40,7 +40,7 @@ class Up:
     def spawn(self) -> subprocess.Popen[bytes]:
         argv = [sys.executable, "-m", "gnomon_service", "up", "--home", str(self.home), "--port", "0", "--cpus", "1"]
         with (self.home / "up.log").open("ab") as log:
-            return subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_as_in_a_terminal)
 
     def output(self) -> str:
         return (self.home / "up.log").read_text()
@@ -60,6 +60,11 @@ class Up:
 
     def processes(self) -> list[psutil.Process]:
         return find_processes(self.marker, self.ray_folder)
+
+
+def _as_in_a_terminal() -> None:
+    """Let Ctrl-C reach the process also where the tests themselves run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(is_done: Callable[[], object], say: Callable[[], str]) -> None:
