@@ -98,7 +98,6 @@ def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: 
     assert {name: folder.child(name).size() for name in record["files"]} == record["files"]
     folder.download(tmp_path / "dictionary")
     assert load_folder(tmp_path / "dictionary").cfg.k == 8
-    assert sorted(Location.open(root).child("checkpoints", "job_train").list()) == [
-        "step-00000090.a0001",
-        "step-00000100.a0001",
-    ]
+    # by files, for this server goes on naming folders that were emptied
+    left = {name.split("/")[0] for name in Location.open(root).child("checkpoints", "job_train").walk()}
+    assert left == {"step-00000090.a0001", "step-00000100.a0001"}
