@@ -88,7 +88,10 @@ def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:
 def explain(error: ValidationError) -> str:
     """One line that names the fields that are wrong and how; at most five of them."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    parts = [f"{'.'.join(str(part) for part in item['loc']) or 'body'}: {item['msg']}" for item in problems]
+    parts = [
+        f"{'.'.join(str(part) for part in item['loc']) or 'body'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in problems
+    ]
     more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
     return "; ".join(parts[:5]) + more
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,7 @@ from typing import ClassVar
 
 import pytest
 
-from gnomon.errors import InvalidRequest
+from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.specs import ModelSource
 from gnomon_workers.harvest.catalog import describe_model
 from tests.models import make_glassllm
@@ -128,3 +129,14 @@ def test_models_that_cannot_be_had_are_refused(hub: type[Hub], source: str, revi
         describe_model(ModelSource(source=source, revision=revision), [])
     assert caught.value.code == "unknown_model"
     assert says in caught.value.message
+
+
+def test_a_hub_that_does_not_answer_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused connection, and a name that nobody knows: neither is an OSError to the hub's client."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        for endpoint in (f"http://127.0.0.1:{closed.getsockname()[1]}", "http://hub.invalid"):
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+            with pytest.raises(Unavailable, match="the hub does not answer") as error:
+                describe_model(ModelSource(source="nobody/nothing"), ())
+            assert error.value.code == "hub_unreachable"

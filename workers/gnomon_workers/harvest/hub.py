@@ -42,12 +42,11 @@ def find_hub_model(repo: str, revision: str | None) -> HubModel:
     if cached is not None and revision is not None and COMMIT.match(revision):
         return _from_folder(cached)
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         with _refused_as_such(repo, revision):
             return _ask(HfApi(), repo, revision)
-    except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+    except unanswered() as error:
         if cached is not None:
             return _from_folder(cached)
         raise Unavailable(
@@ -119,6 +118,17 @@ def _refused_as_such(repo: str, revision: str | None) -> Iterator[None]:
         raise bad_model(f"model {repo!r}{at} lacks a file that is needed: {_first(error)}") from error
     except HFValidationError as error:
         raise bad_model(f"{repo!r} is not the name of a model; write org/name or an absolute path") from error
+
+
+def unanswered() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when the hub does not answer.
+
+    A connection that fails is an error of its HTTP library, httpx or httpx2 by release, whose base class is among
+    those of HfHubHTTPError; it is no OSError.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    return (OSError, OfflineModeIsEnabled, *(base for base in HfHubHTTPError.__bases__ if base is not OSError))
 
 
 def _first(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from gnomon.specs import ModelSource
 from gnomon_storage.location import resolve_input
 from gnomon_workers.harvest.checkpoint_files import read_config
 from gnomon_workers.harvest.gguf_folder import gguf_folder
-from gnomon_workers.harvest.hub import HUB_ID, MODEL_FILES
+from gnomon_workers.harvest.hub import HUB_ID, MODEL_FILES, unanswered
 from gnomon_workers.harvest.modules import is_causal
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,11 +62,10 @@ def model_folder(source: ModelSource, input_roots: Sequence[str]) -> Path:
 
 def _hub_folder(source: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(source.source, revision=source.revision, allow_patterns=list(MODEL_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except unanswered() as error:
         raise Unavailable(
             f"model {source.source!r} (revision {source.revision or 'main'}) could not be fetched from the hub: "
             f"{str(error).splitlines()[0]}",
