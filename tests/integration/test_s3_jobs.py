@@ -49,34 +49,25 @@ def finish(cluster: RayCluster, task: Assignment) -> dict[str, Any]:
     raise AssertionError(f"{task.job_id} does not end")
 
 
-def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: Path) -> None:
-    make_glass_folder(tmp_path / "model")
-    make_corpus(tmp_path / "corpus.jsonl", n_documents=300)
-    harvest = HarvestSpec.model_validate(
+def harvest_spec(folder: Path) -> HarvestSpec:
+    """A harvest of a small model and text, which lie in a local folder."""
+    make_glass_folder(folder / "model")
+    make_corpus(folder / "corpus.jsonl", n_documents=300)
+    return HarvestSpec.model_validate(
         {
-            "model": {"source": str(tmp_path / "model"), "dtype": "float32"},
-            "text": [{"url": str(tmp_path / "corpus.jsonl")}],
+            "model": {"source": str(folder / "model"), "dtype": "float32"},
+            "text": [{"url": str(folder / "corpus.jsonl")}],
             "hooks": ["model.layers.1"],
             "context_length": 64,
             "token_budget": 8192,
             "segment_tokens": 2048,
         }
     )
-    roots = (str(tmp_path),)
-    store = store_id(harvest, describe_model(harvest.model, roots).fingerprint, check_text(harvest.text, roots))
-    root = new_place()
-    Location.open(root).child("ready").write_bytes(b"")  # makes the bucket, as an operator would
-    common: dict[str, Any] = {
-        "attempt": 1,
-        "project": "p",
-        "storage_root": root,
-        "input_roots": roots,
-        "store_id": store,
-    }
-    spec = harvest.model_dump(mode="json")
-    finish(cluster, Assignment(job_id="job_harvest", kind="harvest", spec=spec, **common))
-    ActivationStore.open(Location.open(root).child("activations", store)).verify()
-    train = {
+
+
+def train_spec(store: str) -> dict[str, Any]:
+    """A short training on two shards, with its evaluation."""
+    return {
         "kind": "train",
         "activations": {"kind": "store", "id": store},
         "d_sae": 256,
@@ -88,10 +79,20 @@ def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: 
         "checkpoint_every": 30,
         "evaluation": {"n_tokens": 400, "n_ce_tokens": 256},
     }
-    result = finish(
-        cluster, Assignment(job_id="job_train", kind="train", spec=train, dictionary_id="dict_s3", **common)
-    )
-    record = result["record"]
+
+
+def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: Path) -> None:
+    harvest, roots = harvest_spec(tmp_path), (str(tmp_path),)
+    store = store_id(harvest, describe_model(harvest.model, roots).fingerprint, check_text(harvest.text, roots))
+    root = new_place()
+    Location.open(root).child("ready").write_bytes(b"")  # makes the bucket, as an operator would
+    common: dict[str, Any] = {"attempt": 1, "project": "p", "storage_root": root}
+    common |= {"input_roots": roots, "store_id": store}
+    spec = harvest.model_dump(mode="json")
+    finish(cluster, Assignment(job_id="job_harvest", kind="harvest", spec=spec, **common))
+    ActivationStore.open(Location.open(root).child("activations", store)).verify()
+    train = Assignment(job_id="job_train", kind="train", spec=train_spec(store), dictionary_id="dict_s3", **common)
+    record = finish(cluster, train)["record"]
     assert record["location"] == f"{root}/dictionaries/dict_s3/attempt-0001"
     assert 0 < record["metrics"]["fvu"] < 1 and record["metrics"]["ce_loss_score"] > 0
     folder = Location.open(record["location"])

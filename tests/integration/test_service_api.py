@@ -106,6 +106,8 @@ def test_keys_are_stored_as_hashes_only(service: Service) -> None:
         ("read", "GET", "/v1/jobs", 200),
         ("read", "GET", "/metrics", 200),
         ("read", "GET", "/v1/keys", 403),
+        ("read", "DELETE", "/v1/activations/act_" + "0" * 32, 403),
+        ("write", "DELETE", "/v1/activations/act_" + "0" * 32, 404),
         ("write", "GET", "/v1/cluster", 200),
         ("write", "POST", "/v1/keys", 403),
         ("admin", "GET", "/v1/keys", 200),
@@ -133,6 +135,8 @@ def test_what_another_project_has_looks_absent(service: Service) -> None:
     assert other.get(f"/v1/jobs/{job.id}/events").status_code == 404
     assert other.get(f"/v1/dictionaries/{dictionary}/files/cfg.json").status_code == 404
     assert other.delete(f"/v1/keys/{service.key.split('_')[1]}").status_code == 404
+    assert other.delete(f"/v1/activations/{store}").status_code == 404
+    assert service.client().get(f"/v1/activations/{store}").json()["state"] == "sealed"
 
 
 # ---------------------------------------------------------------------------------------------- jobs

@@ -30,6 +30,9 @@ def test_migrations_make_the_tables_the_code_knows(database: Database) -> None:
 
 def test_migrate_twice_changes_nothing(database: Database) -> None:
     database.migrate()
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert len(connection.execute(select(legal_transitions)).all()) == len(LEGAL_TRANSITIONS)
 
 
 @pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
