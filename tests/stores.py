@@ -29,8 +29,10 @@ def make_store(
     d_in: int = 16,
     n_segments: int = 2,
     n_contexts: int = 32,
+    hooks: dict[str, int] | None = None,
 ) -> ActivationStore:
-    """A sealed store with n_segments training segments and one held-out segment."""
+    """A sealed store with n_segments training segments and one held-out segment; hooks maps names to widths."""
+    hooks = hooks or {HOOK: d_in}
     base = root if isinstance(root, Location) else Location.open(f"file://{root}")
     place = base.child("activations", store_id)
     commits = []
@@ -42,7 +44,7 @@ def make_store(
             split="segments" if number < n_segments else "held_out",
             index=number if number < n_segments else 0,
             attempt=1,
-            hooks={HOOK: d_in},
+            hooks=hooks,
             dtype="float32",
             contexts=contexts,
             tokens=contexts.reshape(-1),
@@ -50,7 +52,7 @@ def make_store(
             context_ids=np.repeat(np.arange(n_contexts, dtype=np.int32), CONTEXT_LENGTH),
             n_tokens=n_rows,
         )
-        writer.append({HOOK: rows_of(n_rows, d_in, seed=number)})
+        writer.append({name: rows_of(n_rows, width, seed=number) for name, width in hooks.items()})
         commits.append(writer.commit())
     return seal(
         place,

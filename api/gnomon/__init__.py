@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         TextSource,
         TopK,
         TrainSpec,
+        TrainVariant,
     )
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "TooManyRequests",
     "TopK",
     "TrainSpec",
+    "TrainVariant",
     "Unauthenticated",
     "Unavailable",
     "load",

@@ -100,12 +100,17 @@ def submit(
     max_attempts: Annotated[int | None, typer.Option(help="Attempts before the job fails.")] = None,
     deadline_s: Annotated[int | None, typer.Option(help="Seconds until the job is failed.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key gives the same job.")] = None,
+    profile: Annotated[int | None, typer.Option(help="Trace so many training steps.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show its progress until it ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Queue a job from a file."""
+    request = _read_spec(file)
+    if profile is not None:
+        spec = request.get("spec")
+        (spec if isinstance(spec, dict) else request)["profile_steps"] = profile
     handle = _client(ctx).submit(
-        _read_spec(file),
+        request,
         name=name,
         priority=priority,
         max_attempts=max_attempts,
@@ -344,6 +349,9 @@ def _read_spec(file: typer.FileText) -> dict[str, Any]:
 
 
 def _show_job(found: Job) -> None:
+    result = found.result or {}
+    if result.get("dictionaries"):  # those of the first are in the table, too
+        result = {name: value for name, value in result.items() if name not in ("metrics", "dictionary_id")}
     show_pairs(
         [
             ("id", found.id),
@@ -357,10 +365,18 @@ def _show_job(found: Job) -> None:
             ("waits for", ", ".join(found.depends_on)),
             ("progress", progress_text(found)),
             ("error", f"{found.error.message} ({found.error.code})" if found.error else None),
-            *((name, value) for name, value in (found.result or {}).items() if name != "metrics"),
-            *(((found.result or {}).get("metrics") or {}).items()),
+            *((name, value) for name, value in result.items() if name not in ("metrics", "dictionaries")),
+            *((result.get("metrics") or {}).items()),
         ]
     )
+    if result.get("dictionaries"):
+        show_table(
+            ("VARIANT", "DICTIONARY", "FVU", "L0", "DEAD"),
+            (
+                (name, made["dictionary_id"], *(_metric(made["metrics"], m) for m in ("fvu", "l0", "dead_fraction")))
+                for name, made in result["dictionaries"].items()
+            ),
+        )
 
 
 def _metric(metrics: dict[str, Any], name: str) -> str:

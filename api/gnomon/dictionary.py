@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gnomon._safetensors import check_shapes, read_header
-from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound
+from gnomon.dictionary_config import DictionaryConfig, check_config, existing_file, load_config, wanted_shapes
+from gnomon.errors import CorruptArtifact, InvalidRequest
 
-Architecture = Literal["topk", "jumprelu", "standard"]
-MAX_CONFIG_BYTES = 1 << 20
-CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class DictionaryConfig(BaseModel):
-    """cfg.json of a dictionary: what its weights mean."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
-
-    architecture: Architecture
-    """Which features are active: "topk", "jumprelu" or "standard" (ReLU)."""
-    d_in: int = Field(ge=1, le=2**24)
-    """Width of the activations."""
-    d_sae: int = Field(ge=1, le=2**28)
-    """Number of features."""
-    dtype: Literal["float32", "bfloat16", "float16"]
-    """Element type of the weights."""
-    apply_b_dec_to_input: bool = True
-    """Subtract b_dec from the input before encoding."""
-    normalize_activations: Literal["none"] = "none"
-    """Scaling is folded into the weights; no other value can be read."""
-    reshape_activations: Literal["none"] = "none"
-    """Inputs are rows of width d_in; no other value can be read."""
-    rescale_acts_by_decoder_norm: Literal[False] = False
-    """Decoder rows have unit norm, so there is nothing to rescale by."""
-    k: int | None = Field(default=None, ge=1)
-    """Active features per token ("topk" only)."""
-    metadata: dict[str, Any] = {}
-    """Where the dictionary comes from: model, hook, data, and how it was trained."""
-
-    @property
-    def model_name(self) -> str | None:
-        """Model whose activations were used."""
-        return self._text("model_name")
-
-    @property
-    def hook_name(self) -> str | None:
-        """Hook in TransformerLens' naming ("blocks.6.hook_resid_post"), where it has one."""
-        return self._text("hook_name")
-
-    @property
-    def hf_hook_name(self) -> str | None:
-        """Hook as a module path of the Hugging Face model ("model.layers.6")."""
-        return self._text("hf_hook_name")
-
-    @property
-    def hook_layer(self) -> int | None:
-        """Layer that the hook belongs to: the first number in its name."""
-        found = re.search(r"\.(\d+)(\.|$)", self.hook_name or self.hf_hook_name or "")
-        return int(found[1]) if found else None
-
-    @property
-    def context_size(self) -> int | None:
-        """Tokens in a context during training."""
-        size = self.metadata.get("context_size")
-        return size if isinstance(size, int) else None
-
-    def _text(self, key: str) -> str | None:
-        value = self.metadata.get(key)
-        return value if isinstance(value, str) else None
 
 
 class Dictionary(nn.Module):
     """A sparse autoencoder: encode activations into features, decode features into activations.
 
-    W_enc (d_in, d_sae), W_dec (d_sae, d_in), b_enc (d_sae,), b_dec (d_in,), and for "jumprelu" threshold
-    (d_sae,). Weights do not require gradients; gradients flow through to the input.
+    W_enc (d_in, d_sae), W_dec (d_sae, d_out), b_enc (d_sae,), b_dec (d_out,); for "jumprelu" threshold (d_sae,); for
+    "gated" b_gate and r_mag (d_sae,), and b_enc is the magnitude's bias, which its file calls b_mag. d_out is d_in but
+    for transcoders; a crosscoder's activations are those of its hooks, joined. Weights do not require gradients;
+    gradients flow through to the input.
     """
 
     threshold: nn.Parameter | None
+    b_gate: nn.Parameter | None
+    r_mag: nn.Parameter | None
 
     def __init__(
         self,
@@ -98,17 +39,23 @@ class Dictionary(nn.Module):
         b_enc: Tensor,
         b_dec: Tensor,
         threshold: Tensor | None = None,
+        b_gate: Tensor | None = None,
+        r_mag: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if (threshold is not None) != (cfg.architecture == "jumprelu"):
+        if (threshold is not None) != (cfg.kind == "jumprelu"):
             raise InvalidRequest(f"threshold belongs to 'jumprelu' alone, got architecture {cfg.architecture!r}")
-        _check_k(cfg)
+        if (b_gate is not None, r_mag is not None) != (cfg.kind == "gated",) * 2:
+            raise InvalidRequest(f"b_gate and r_mag belong to 'gated' alone, got architecture {cfg.architecture!r}")
+        check_config(cfg)
         self.cfg = cfg
         self.W_enc = _frozen(W_enc)
         self.W_dec = _frozen(W_dec)
         self.b_enc = _frozen(b_enc)
         self.b_dec = _frozen(b_dec)
         self.threshold = None if threshold is None else _frozen(threshold)
+        self.b_gate = None if b_gate is None else _frozen(b_gate)
+        self.r_mag = None if r_mag is None else _frozen(r_mag)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,24 +71,36 @@ class Dictionary(nn.Module):
         """Features (..., d_sae) of activations x (..., d_in)."""
         x = x.to(self.dtype)
         sae_in = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-        hidden_pre = sae_in @ self.W_enc + self.b_enc
-        if self.cfg.architecture == "topk" and self.cfg.k is not None:
+        projection = sae_in @ self.W_enc
+        if self.b_gate is not None and self.r_mag is not None:
+            return gated_acts(projection + self.b_gate, projection * self.r_mag.exp() + self.b_enc)
+        hidden_pre = projection + self.b_enc
+        if self.cfg.kind == "topk" and self.cfg.k is not None:
             return topk_acts(hidden_pre, self.cfg.k)
         if self.threshold is not None:
             return jumprelu_acts(hidden_pre, self.threshold)
         return torch.relu(hidden_pre)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Activations (..., d_in) of features (..., d_sae)."""
+        """Activations (..., d_out) of features (..., d_sae)."""
         return feature_acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction (..., d_in) of activations x (..., d_in)."""
+        """Reconstruction (..., d_out) of activations x (..., d_in)."""
         return self.decode(self.encode(x))
 
+    def magnitude_encoder(self) -> Tensor:
+        """The encoder (d_in, d_sae) that gives activations their size; W_enc but for "gated", whose gate it is."""
+        return self.W_enc if self.r_mag is None else self.W_enc * self.r_mag.exp()
+
     def alignment(self) -> Tensor:
-        """Alignment score <w, d> of every feature (d_sae,), in float32."""
-        return (self.W_enc.float().T * self.W_dec.float()).sum(-1)
+        """Alignment score <w, d> of every feature (d_sae,), in float32.
+
+        Raises InvalidRequest for a transcoder: its encoder and decoder live in different spaces.
+        """
+        if self.cfg.is_transcoder:
+            raise InvalidRequest("a transcoder has no alignment score: encoder and decoder live in different spaces")
+        return (self.magnitude_encoder().float().T * self.W_dec.float()).sum(-1)
 
     def extra_repr(self) -> str:
         """Shape and kind, for people."""
@@ -171,6 +130,12 @@ def jumprelu_acts(hidden_pre: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(hidden_pre <= threshold, torch.zeros_like(acts), acts)
 
 
+def gated_acts(gates: Tensor, magnitudes: Tensor) -> Tensor:
+    """Magnitudes (..., d_sae), then ReLU, where the gate (..., d_sae) is positive."""
+    acts = torch.relu(magnitudes)
+    return torch.where(gates <= 0, torch.zeros_like(acts), acts)
+
+
 def load_folder(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Dictionary:
@@ -182,59 +147,16 @@ def load_folder(
     """
     folder = Path(path)
     cfg = load_config(folder)
-    weights = _existing(folder, WEIGHTS_FILE)
-    check_shapes(weights, read_header(weights), _wanted_shapes(cfg))
+    weights = existing_file(folder, WEIGHTS_FILE)
+    check_shapes(weights, read_header(weights), wanted_shapes(cfg))
     try:
         tensors = load_file(weights, device=str(device))
     except (SafetensorError, OSError) as error:
         raise CorruptArtifact(f"{str(weights)!r} cannot be read: {error}; download it again") from error
     dtype = dtype or _DTYPES[cfg.dtype]
+    if "b_mag" in tensors:
+        tensors["b_enc"] = tensors.pop("b_mag")
     return Dictionary(cfg, **{name: tensor.to(dtype) for name, tensor in tensors.items()}).to(device)
-
-
-def load_config(folder: Path) -> DictionaryConfig:
-    """Read and check cfg.json of a dictionary's folder."""
-    path = _existing(folder, CONFIG_FILE)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CorruptArtifact(f"{str(path)!r} has {path.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are allowed")
-    try:
-        cfg = DictionaryConfig.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if field == "architecture" and first["type"] == "literal_error":
-            raise InvalidRequest(
-                f"{str(path)!r}: architecture {first['input']!r} cannot be read; wanted one of "
-                f"{', '.join(get_args(Architecture))}",
-                code="unsupported_architecture",
-            ) from error
-        raise CorruptArtifact(f"{str(path)!r}: {field or 'file'}: {first['msg']}") from error
-    _check_k(cfg)
-    return cfg
-
-
-def _wanted_shapes(cfg: DictionaryConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (cfg.d_in, cfg.d_sae),
-        "W_dec": (cfg.d_sae, cfg.d_in),
-        "b_enc": (cfg.d_sae,),
-        "b_dec": (cfg.d_in,),
-    }
-    if cfg.architecture == "jumprelu":
-        shapes["threshold"] = (cfg.d_sae,)
-    return shapes
-
-
-def _check_k(cfg: DictionaryConfig) -> None:
-    if cfg.architecture == "topk" and not 1 <= (cfg.k or 0) <= cfg.d_sae:
-        raise CorruptArtifact(f"a 'topk' dictionary needs k from 1 to d_sae={cfg.d_sae}, cfg.json has k={cfg.k}")
-
-
-def _existing(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise NotFound(f"no file {name!r} in {str(folder)!r}; wanted a folder in SAELens layout", code="missing_file")
-    return path
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import DEFAULT_PLOTLY_COLORS
 from plotly.subplots import make_subplots
 
 from gnomon.errors import NotFound
@@ -42,17 +43,30 @@ def density_histogram(metrics: Mapping[str, Any]) -> go.Figure:
 def training_curves(events: Iterable[Event]) -> go.Figure:
     """FVU, L0, dead fraction and alignment by step, from a train job's events.
 
-    A step that a later attempt repeated is drawn once. Raises NotFound where there are no metrics.
+    Every variant has a line of its own. A step that a later attempt repeated is drawn once. Raises NotFound where
+    there are no metrics.
     """
-    by_step = {event.data["step"]: event.data for event in events if event.kind == "metrics"}
-    if not by_step:
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in events:
+        if event.kind == "metrics":
+            runs.setdefault(event.data.get("variant", ""), {})[event.data["step"]] = event.data
+    if not runs:
         raise NotFound("these events hold no metrics; a train job has some once it runs", code="no_metrics")
-    steps = sorted(by_step)
     figure = make_subplots(rows=2, cols=2, subplot_titles=list(_CURVES.values()), shared_xaxes=True)
-    for number, name in enumerate(_CURVES):
-        line = go.Scatter(x=steps, y=[by_step[step][name] for step in steps], mode="lines", name=name)
-        figure.add_trace(line, row=number // 2 + 1, col=number % 2 + 1)
-    return figure.update_layout(title="Training", showlegend=False)
+    for index, (variant, by_step) in enumerate(runs.items()):
+        color = DEFAULT_PLOTLY_COLORS[index % len(DEFAULT_PLOTLY_COLORS)]
+        for number, name in enumerate(_CURVES):
+            line = go.Scatter(
+                x=sorted(by_step),
+                y=[by_step[step].get(name) for step in sorted(by_step)],
+                mode="lines",
+                name=variant or name,
+                legendgroup=variant,
+                showlegend=number == 0,
+                line={"color": color} if variant else None,
+            )
+            figure.add_trace(line, row=number // 2 + 1, col=number % 2 + 1)
+    return figure.update_layout(title="Training", showlegend=len(runs) > 1)
 
 
 def _bars(edges: list[float], counts: list[float]) -> go.Figure:

@@ -68,7 +68,7 @@ class Lines:
             self._is_told = event.data.get("to") in TERMINAL_STATES
             self._print(job, _state_text(event))
         elif event.kind == "progress":
-            phase, done, total = event.data.get("phase", ""), event.data.get("done"), event.data.get("total")
+            phase, done, total = _phase(event.data), event.data.get("done"), event.data.get("total")
             if phase != self._phase or (total is not None and done == total):
                 self._phase = phase
                 self._print(job, f"{phase} {_amount(event.data)}")
@@ -134,7 +134,7 @@ class Bars:
 
     def _advance(self, job: Job, data: dict[str, Any]) -> None:
         self._forget_waiting()
-        phase, total = str(data.get("phase", job.kind)), data.get("total")
+        phase, total = _phase(data, job.kind), data.get("total")
         key = (job.id, phase)
         if key not in self._tasks:
             for task in self._tasks.values():  # phases follow one another
@@ -145,7 +145,8 @@ class Bars:
 
     def _metrics_text(self, data: dict[str, Any]) -> str:
         shown = _METRICS if self._is_wide else _METRICS[:2]
-        return "  ".join(text.format(data[name]) for name, text in shown if isinstance(data.get(name), int | float))
+        values = [text.format(data[name]) for name, text in shown if isinstance(data.get(name), int | float)]
+        return "  ".join([f"{data['variant']}:", *values] if data.get("variant") else values)
 
     def _finish(self, task: TaskID) -> None:
         total = self._progress.tasks[self._progress.task_ids.index(task)].total
@@ -155,6 +156,12 @@ class Bars:
         if self._waiting is not None:
             self._progress.remove_task(self._waiting)
             self._waiting = None
+
+
+def _phase(data: dict[str, Any], default: str = "") -> str:
+    """The phase, and of which of several variants."""
+    phase = str(data.get("phase", default))
+    return f"{phase} {data['variant']}" if data.get("variant") else phase
 
 
 def _amount(data: dict[str, Any], number: Callable[[float], str] = "{:,.0f}".format) -> str:

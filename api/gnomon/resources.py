@@ -45,6 +45,8 @@ class Progress(Resource):
     """What is counted."""
     rate: float | None = None
     """Units per second, lately."""
+    variant: str | None = None
+    """Whose phase it is, where a training has variants and the phase is of one alone."""
 
 
 class HarvestResult(Resource):
@@ -61,14 +63,24 @@ class HarvestResult(Resource):
     """Tokens a second over the whole phase."""
 
 
+class TrainedDictionary(Resource):
+    """One of the dictionaries that a training with variants leaves."""
+
+    dictionary_id: str
+    metrics: dict[str, Any]
+    """As of a TrainResult."""
+
+
 class TrainResult(Resource):
-    """What training leaves."""
+    """What training leaves; of one with variants, dictionary_id and metrics are those of the first."""
 
     dictionary_id: str
     store_id: str
     n_steps: int
     metrics: dict[str, Any]
     """Core metrics on held-out activations, the alignment quantiles, and tokens/s per stage."""
+    dictionaries: dict[str, TrainedDictionary] = {}
+    """By the variants' names; empty where there are no variants."""
 
 
 class EvaluateResult(Resource):
@@ -109,7 +121,7 @@ class Event(Resource):
     job_id: str
     attempt: int
     kind: str
-    """"state", "phase", "progress", "metrics", "checkpoint", "segment", "log"."""
+    """"state", "phase", "progress", "metrics", "checkpoint", "profile", "segment", "log"."""
     created_at: datetime
     data: dict[str, Any]
 

@@ -7,126 +7,78 @@ that was accepted once needs no second check of its shape.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-Dtype = Literal["float32", "bfloat16"]
+from gnomon.activation_specs import (
+    DEFAULT_BETA1,
+    DEFAULT_LR,
+    Activation,
+    AuxK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    Matryoshka,
+    PAnneal,
+    ReLU,
+    TopK,
+    chooses_k,
+)
+from gnomon.harvest_specs import (
+    ConcatPacking,
+    DocumentPacking,
+    DropPolicy,
+    HarvestSpec,
+    ModelSource,
+    Packing,
+    TextSource,
+)
+from gnomon.spec_base import DictionaryId, Dtype, HookName, JobId, Spec, StoreId, Url
+
+__all__ = [
+    "DEFAULT_BETA1",
+    "DEFAULT_LR",
+    "Activation",
+    "Adam",
+    "Alignment",
+    "AuxK",
+    "BatchTopK",
+    "ConcatPacking",
+    "DictionaryId",
+    "DocumentPacking",
+    "DropPolicy",
+    "Dtype",
+    "EvaluateSpec",
+    "Evaluation",
+    "Gated",
+    "HarvestSpec",
+    "HookName",
+    "JobId",
+    "JobRequest",
+    "JobSpec",
+    "JumpReLU",
+    "Matryoshka",
+    "Mesh",
+    "ModelSource",
+    "PAnneal",
+    "Packing",
+    "ReLU",
+    "Schedule",
+    "Spec",
+    "StoreId",
+    "StoredActivations",
+    "TextSource",
+    "TopK",
+    "TrainSpec",
+    "TrainVariant",
+    "Url",
+    "check_shape",
+    "chooses_k",
+]
+
 Alignment = Literal["orth", "none", "scale", "stopgrad", "tied"]
-Url = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$")]
-HookName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.]+$")]
-StoreId = Annotated[str, StringConstraints(pattern=r"^act_[0-9a-f]{32}$")]
-DictionaryId = Annotated[str, StringConstraints(pattern=r"^dict_[0-9a-z]{26}$")]
-JobId = Annotated[str, StringConstraints(pattern=r"^job_[0-9a-z]{26}$")]
-
-
-class Spec(BaseModel):
-    """Base of all specs: immutable, and an unknown field is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
-# ---------------------------------------------------------------------------------------------- harvest
-
-
-class ModelSource(Spec):
-    """Which model to read activations from."""
-
-    source: Url
-    """Hub id ("org/name"), folder in Hugging Face layout, or .gguf file; paths as fsspec URLs or plain."""
-    revision: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,128}$")] | None = None
-    """Hub revision (branch, tag or commit); pinned to a commit when the job is accepted. Hub ids only."""
-    dtype: Dtype = "bfloat16"
-    """Arithmetic of the forward pass."""
-
-
-class TextSource(Spec):
-    """Where documents come from."""
-
-    url: Url
-    """fsspec URL or path of one file, or a pattern with * for several (read in sorted order)."""
-    format: Literal["auto", "txt", "jsonl", "json", "parquet"] = "auto"
-    """File format; "auto" goes by the file name's ending. A .txt file is one document; .json is a list."""
-    field: Annotated[str, StringConstraints(min_length=1, max_length=128)] = "text"
-    """Name of the field or column that holds the text (jsonl, json, parquet)."""
-
-
-class ConcatPacking(Spec):
-    """Documents joined end to end and cut into full contexts; nothing is padded."""
-
-    kind: Literal["concat"] = "concat"
-    separator: Literal["eos", "bos", "none"] = "eos"
-    """Token written after every document."""
-    bos: bool = False
-    """Begin every context with the tokenizer's BOS token."""
-
-
-class DocumentPacking(Spec):
-    """One document per context, cut to the context length and padded; padding is masked and never stored."""
-
-    kind: Literal["document"] = "document"
-    special_tokens: bool = True
-    """Let the tokenizer add its own special tokens ([CLS] and [SEP], or BOS)."""
-
-
-Packing = Annotated[ConcatPacking | DocumentPacking, Field(discriminator="kind")]
-
-
-class DropPolicy(Spec):
-    """Tokens that pass through the model but are not stored: attention sinks would dominate the loss."""
-
-    first_positions: Annotated[int, Field(ge=0, le=1024)] = 1
-    """Tokens dropped from the start of every context."""
-    special_tokens: bool = True
-    """Drop every special token of the tokenizer (BOS, EOS, separators, [CLS])."""
-
-
-class HarvestSpec(Spec):
-    """Run text through a model and store the activations of one or more hooks."""
-
-    kind: Literal["harvest"] = "harvest"
-    model: ModelSource
-    """The model."""
-    text: Annotated[tuple[TextSource, ...], Field(min_length=1, max_length=64)]
-    """Documents, read in this order."""
-    hooks: Annotated[tuple[HookName, ...], Field(min_length=1, max_length=32)]
-    """Module paths whose output is stored, e.g. "model.layers.10"; all are read in one pass."""
-    context_length: Annotated[int, Field(ge=8, le=131_072)] = 128
-    """Tokens in a context."""
-    packing: Packing = ConcatPacking()
-    """How documents become contexts."""
-    drop: DropPolicy = DropPolicy()
-    """Which tokens are not stored."""
-    dtype: Dtype = "bfloat16"
-    """Stored element type. float16 is not offered: some models exceed its range."""
-    token_budget: Annotated[int, Field(ge=256, le=10**13)]
-    """Tokens to run through the model at most; the text may end earlier."""
-    held_out_every: Annotated[int, Field(ge=2, le=10_000)] = 16
-    """Every n-th context is held out: never trained on, used for evaluation."""
-    segment_tokens: Annotated[int, Field(ge=1024, le=2**26)] = 65_536
-    """Tokens in a segment, the unit of parallel work and of resume (rounded to whole contexts)."""
-    batch_contexts: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Contexts in one forward pass."""
-    n_workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Harvest workers; None = one per free device or core, at least two where the cluster has them."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if len(set(self.hooks)) != len(self.hooks):
-            raise ValueError("hooks lists the same hook twice; name each once")
-        if self.drop.first_positions >= self.context_length:
-            raise ValueError(
-                f"drop.first_positions={self.drop.first_positions} leaves nothing of context_length="
-                f"{self.context_length}; lower it"
-            )
-        return self
 
 
 # ---------------------------------------------------------------------------------------------- train
@@ -140,50 +92,16 @@ class StoredActivations(Spec):
     """Id of a sealed activation store of this project."""
 
 
-class AuxK(Spec):
-    """Auxiliary loss that lets dead features reconstruct the residual (arXiv:2406.04093)."""
-
-    coefficient: Annotated[float, Field(gt=0, le=10)] = 1 / 32
-    """Weight of the auxiliary loss."""
-    k: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Dead features used per token; None = the power of two nearest d_in / 2."""
-
-
-class TopK(Spec):
-    """Keep the k largest activations of every token (arXiv:2406.04093)."""
-
-    kind: Literal["topk"] = "topk"
-    k: Annotated[int, Field(ge=1, le=65_536)] = 32
-    """Active features per token."""
-    aux: AuxK | None = None
-    """Auxiliary loss; off by default because alignment already keeps features alive."""
-
-
-class BatchTopK(Spec):
-    """Keep the k * batch largest activations of the whole batch (arXiv:2412.06410)."""
-
-    kind: Literal["batchtopk"] = "batchtopk"
-    k: Annotated[int, Field(ge=1, le=65_536)] = 32
-    """Active features per token, on average."""
-    threshold_beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the moving average of the smallest kept activation, the threshold used at inference.
-
-    Early in a run the average forgets faster: its memory is at most a tenth of the steps so far.
-    """
-    aux: AuxK | None = None
-    """Auxiliary loss; off by default because alignment already keeps features alive."""
-
-
-Activation = Annotated[TopK | BatchTopK, Field(discriminator="kind")]
-
-
 class Adam(Spec):
     """Adam with gradient clipping; the gradient is clipped after the alignment hook."""
 
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate for inputs of unit mean squared norm; None = 2e-4 / sqrt(d_sae / 2^14)."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
+    """Peak learning rate for inputs of unit mean squared norm.
+
+    None = 7e-5 for "jumprelu", 5e-5 for "gated", 2e-4 / sqrt(d_sae / 2^14) for all others.
+    """
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the first moment; None = 0 for "jumprelu", .9 for all others."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the second moment."""
     eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
@@ -221,14 +139,33 @@ class Evaluation(Spec):
     """Held-out tokens to use at most for the CE loss score and KL."""
 
 
+class TrainVariant(Spec):
+    """One of several dictionaries that are trained on the same batches; what it leaves out is as in the spec."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    """Tells it from the others; part of its dictionary's name."""
+    activation: Activation | None = None
+    """Which features are active."""
+    k: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """The activation's k."""
+    alignment: Alignment | None = None
+    """How encoder . decoder = 1 is kept."""
+    lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The optimizer's peak learning rate."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of initialisation alone: the order of the data is the same for all."""
+
+
 class TrainSpec(Spec):
-    """Train one aligned dictionary on harvested activations, then evaluate and publish it."""
+    """Train aligned dictionaries on harvested activations, then evaluate and publish them: one, or several variants."""
 
     kind: Literal["train"] = "train"
     activations: Annotated[StoredActivations | HarvestSpec, Field(discriminator="kind")]
     """A store by id, or a harvest spec; the service reuses the sealed store of the same harvest."""
     hook_name: HookName | None = None
     """Hook to train on; may be left out where the store has only one."""
+    hook_names: Annotated[tuple[HookName, ...], Field(min_length=2, max_length=32)] | None = None
+    """Hooks whose activations are joined into one input and reconstructed together: a crosscoder."""
     target_hook_name: HookName | None = None
     """Hook to reconstruct instead of the input: a transcoder. None = the input itself."""
     d_sae: Annotated[int, Field(ge=2, le=2**24)] | None = None
@@ -247,10 +184,29 @@ class TrainSpec(Spec):
     """Activations to train on, counting repeats when it exceeds the store."""
     batch_size: Annotated[int, Field(ge=1, le=2**22)] = 4096
     """Activations per step, over all replicas."""
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the encoder product that chooses features; everything else, and all weights, are float32.
+
+    "auto" is bfloat16 for "topk", "batchtopk" and "matryoshka" where the hardware is fast at it and the dictionary is
+    large enough to gain by it; the activations of the chosen features are computed again in float32.
+    """
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of initialisation and data order."""
+    """Seed of initialisation, and of the order of the data."""
+    data_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of the order of the data; None = seed."""
+    variants: Annotated[tuple[TrainVariant, ...], Field(min_length=1, max_length=64)] | None = None
+    """Dictionaries to train at once on the same batches, each with changes of its own; None = one, without changes."""
     mesh: Mesh | Literal["auto"] = "auto"
     """Division over ranks; "auto" takes what the cluster has free and d_sae allows."""
+    kernels: Literal["auto", "reference", "sparse", "triton"] = "auto"
+    """Implementation of the products of a step: "sparse", PyTorch's, on any device; "triton", for CUDA; "reference",
+    dense and slow, to compare with; "auto", "triton" on CUDA and "sparse" elsewhere."""
+    gradient_exchange: Literal["auto", "batch", "dense"] = "auto"
+    """What replicas send each other: "batch", the tokens and their active features, so that losses do not depend on
+    mesh.dp; "dense", the sums of their gradients; "auto", whichever is less."""
+    shard_optimizer: bool = False
+    """Divide Adam's moments over replicas: each keeps and moves its share of every shard's rows, and gets the others.
+    Saves memory where mesh.dp > 1, and sends 4 (d_in + d_out) d_sae / mesh.features bytes more a step."""
     normalize: Literal["mean_squared_norm", "none"] = "mean_squared_norm"
     """Scale inputs to unit mean squared norm; folded back into the exported weights."""
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
@@ -261,6 +217,8 @@ class TrainSpec(Spec):
     """Steps between two metrics reports."""
     checkpoint_every: Annotated[int, Field(ge=1, le=10**7)] = 500
     """Steps between two checkpoints."""
+    profile_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Steps of every attempt of which a Chrome trace is written; None = no trace. Tracing slows them."""
     evaluation: Evaluation | None = Evaluation()
     """Evaluation on held-out text; None skips it."""
 
@@ -275,18 +233,39 @@ class TrainSpec(Spec):
                 f"token_budget={self.token_budget} is less than one batch of {self.batch_size}; "
                 "raise token_budget or lower batch_size"
             )
+        if self.hook_names is not None:
+            _check_crosscoder(self, self.hook_names)
         if self.target_hook_name not in (None, self.hook_name) and self.alignment != "none":
             raise PydanticCustomError(
                 "transcoder_alignment",
                 f"alignment={self.alignment!r} is undefined for a transcoder (target_hook_name="
                 f"{self.target_hook_name!r}): encoder, decoder live in different spaces; set alignment='none'",
             )
+        if self.encoder_dtype == "bfloat16" and not chooses_k(self.activation):
+            raise ValueError(
+                f"encoder_dtype='bfloat16' is offered where k features are chosen (topk, batchtopk, matryoshka), not "
+                f"for {self.activation.kind!r}, whose thresholds need float32; leave it at 'auto'"
+            )
         if isinstance(self.mesh, Mesh) and self.batch_size % self.mesh.dp:
             raise ValueError(
                 f"mesh.dp={self.mesh.dp} does not divide batch_size={self.batch_size}; "
                 f"use a batch of {self.batch_size - self.batch_size % self.mesh.dp or self.mesh.dp}"
             )
+        if len(set(self.variant_names)) != len(self.variant_names):
+            raise ValueError("variants lists the same name twice; give each its own")
+        self.variant_specs()
         return self
+
+    @property
+    def variant_names(self) -> tuple[str, ...]:
+        """A name for each dictionary that is trained; of a spec without variants the only one is empty."""
+        return tuple(variant.name for variant in self.variants) if self.variants is not None else ("",)
+
+    def variant_specs(self) -> tuple[TrainSpec, ...]:
+        """The spec of each dictionary by itself, as if it were trained alone: in the order of variant_names."""
+        if self.variants is None:
+            return (self,)
+        return tuple(_spec_of_variant(self, variant) for variant in self.variants)
 
     @property
     def n_steps(self) -> int:
@@ -308,13 +287,57 @@ class TrainSpec(Spec):
 
     def resolve_lr(self, d_sae: int) -> float:
         """Peak learning rate, with the default resolved."""
-        return self.optimizer.lr if self.optimizer.lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return DEFAULT_LR.get(self.activation.kind, 2e-4 / math.sqrt(d_sae / 2**14))
+
+    @property
+    def beta1(self) -> float:
+        """Decay of Adam's first moment, with the default resolved."""
+        given = self.optimizer.beta1
+        return given if given is not None else DEFAULT_BETA1.get(self.activation.kind, 0.9)
+
+
+def _spec_of_variant(spec: TrainSpec, variant: TrainVariant) -> TrainSpec:
+    activation = variant.activation or spec.activation
+    if variant.k is not None:
+        if not chooses_k(activation):
+            raise ValueError(
+                f"variant {variant.name!r}: k={variant.k} is given, and activation {activation.kind!r} has no k; "
+                "leave k out, or give the variant an activation that has one (topk, batchtopk, matryoshka)"
+            )
+        activation = activation.model_copy(update={"k": variant.k})
+    changes: dict[str, Any] = {"activation": activation, "variants": None}
+    if variant.alignment is not None:
+        changes["alignment"] = variant.alignment
+    if variant.lr is not None:
+        changes["optimizer"] = spec.optimizer.model_copy(update={"lr": variant.lr})
+    if variant.seed not in (None, spec.seed):
+        changes |= {"seed": variant.seed, "data_seed": spec.seed if spec.data_seed is None else spec.data_seed}
+    try:
+        return TrainSpec.model_validate({name: getattr(spec, name) for name in TrainSpec.model_fields} | changes)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = f"variant {variant.name!r}: {first.get('ctx', {}).get('error', first['msg'])}"
+        if first["type"] == "transcoder_alignment":  # it has a code of its own, which must stay
+            raise PydanticCustomError("transcoder_alignment", "{message}", {"message": message}) from None
+        raise ValueError(message) from None
+
+
+def _check_crosscoder(spec: TrainSpec, hook_names: tuple[HookName, ...]) -> None:
+    if spec.hook_name is not None or spec.target_hook_name is not None:
+        raise ValueError("hook_names (a crosscoder) excludes hook_name and target_hook_name; give one or the other")
+    if len(set(hook_names)) != len(hook_names):
+        raise ValueError("hook_names lists the same hook twice; name each once")
 
 
 def check_shape(spec: TrainSpec, d_sae: int) -> None:
-    """Raise ValueError where k exceeds d_sae or the mesh does not divide it."""
-    if spec.activation.k > d_sae:
-        raise ValueError(f"k={spec.activation.k} exceeds d_sae={d_sae}; lower k or raise d_sae")
+    """Raise ValueError where k exceeds d_sae, a Matryoshka group is empty or the mesh does not divide d_sae."""
+    k = getattr(spec.activation, "k", 0)
+    if k > d_sae:
+        raise ValueError(f"k={k} exceeds d_sae={d_sae}; lower k or raise d_sae")
+    if isinstance(spec.activation, Matryoshka):
+        spec.activation.group_bounds(d_sae)
     if isinstance(spec.mesh, Mesh) and d_sae % spec.mesh.features:
         below = d_sae - d_sae % spec.mesh.features
         raise ValueError(

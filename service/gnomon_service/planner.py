@@ -62,19 +62,16 @@ def _check_harvest(spec: HarvestSpec, settings: Settings) -> tuple[Plan, dict[st
 
 
 def _check_train(spec: TrainSpec, project: str, database: Database, settings: Settings) -> Plan:
-    if spec.target_hook_name not in (None, spec.hook_name):
-        raise InvalidRequest(
-            f"target_hook_name={spec.target_hook_name!r} asks for a transcoder, and training transcoders is not "
-            "offered yet; leave target_hook_name out",
-            code="transcoder_unsupported",
-        )
     if isinstance(spec.activations, StoredActivations):
         source = _stored_source(spec.activations.id, project, database)
         pinned = spec
     else:
         source, pinned = _harvested_source(spec, spec.activations, project, database, settings)
-    hook_name = _choose_hook(spec.hook_name, source)
-    _check_shape(spec, source.hooks[hook_name], database)
+    names = spec.hook_names or (_choose_hook(spec.hook_name, source),)
+    for name in (*names, spec.target_hook_name or names[0]):
+        _check_known(name, source)
+    widths = [width for name in names if (width := source.hooks[name]) is not None]
+    _check_shape(spec, sum(widths) if len(widths) == len(names) else None, database)
     return Plan(spec=pinned, store_id=source.store_id)
 
 
@@ -109,25 +106,31 @@ def _choose_hook(name: str | None, source: _Source) -> str:
         if len(known) == 1:
             return known[0]
         raise InvalidRequest(
-            f"the store holds {len(known)} hooks ({', '.join(known)}); name one as hook_name",
+            f"the store holds {len(known)} hooks ({', '.join(known)}); name one as hook_name, or several as hook_names "
+            "for a crosscoder",
             code="hook_name_required",
             hooks=known,
         )
-    if name not in source.hooks:
-        near = get_close_matches(name, known, n=len(known), cutoff=0.0)
-        raise InvalidRequest(
-            f"hook_name={name!r} is not in the store; it holds {', '.join(near)}", code="unknown_hook", hooks=near
-        )
     return name
+
+
+def _check_known(name: str, source: _Source) -> None:
+    if name not in source.hooks:
+        near = get_close_matches(name, sorted(source.hooks), n=len(source.hooks), cutoff=0.0)
+        raise InvalidRequest(
+            f"hook {name!r} is not in the store; it holds {', '.join(near)}", code="unknown_hook", hooks=near
+        )
 
 
 def _check_shape(spec: TrainSpec, d_in: int | None, database: Database) -> None:
     d_sae = spec.d_sae
     if d_in is not None:
-        try:
-            d_sae = spec.resolve_d_sae(d_in)
-        except ValueError as error:
-            raise InvalidRequest(f"spec: {error}", code="invalid_spec") from error
+        for variant, its_spec in zip(spec.variant_names, spec.variant_specs(), strict=True):
+            try:
+                d_sae = its_spec.resolve_d_sae(d_in)
+            except ValueError as error:
+                of = f"variant {variant!r}: " if variant else ""
+                raise InvalidRequest(f"spec: {of}{error}", code="invalid_spec") from error
     if isinstance(spec.mesh, Mesh):
         with database.read() as connection:
             _check_mesh(spec, spec.mesh, d_sae, read_cluster(connection))

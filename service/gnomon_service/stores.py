@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from gnomon.errors import Conflict, CorruptArtifact, NotFound
 from gnomon.resources import TERMINAL_STATES, Dictionary, HarvestResult
-from gnomon.specs import HarvestSpec
+from gnomon.specs import HarvestSpec, TrainSpec
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import activation_stores, dictionaries, jobs
 from gnomon_storage.location import Location
+from gnomon_workers.protocol import dictionary_ids
+
+_NAME_LENGTH: Final = 128
+"""Of a dictionary's name, at most: the database's."""
 
 
 class StoreRecord(BaseModel):
@@ -67,7 +71,7 @@ def seal_store(connection: Connection, job: RowMapping, record: Mapping[str, Any
     try:
         fields = StoreRecord.model_validate(record)
     except ValidationError as error:
-        raise _unusable(job, error) from error
+        raise _unusable(job, _wrong_fields(error)) from error
     connection.execute(
         update(activation_stores)
         .where(activation_stores.c.project == job["project"], activation_stores.c.id == job["store_id"])
@@ -123,26 +127,41 @@ def result_of_sealed(store: RowMapping) -> dict[str, Any]:
     ).model_dump(mode="json")
 
 
-def publish(connection: Connection, job: RowMapping, record: Mapping[str, Any]) -> None:
-    """Add the dictionary that a job trained; raises CorruptArtifact if the record is not one."""
-    known = {
-        "id": job["dictionary_id"],
-        "job_id": job["id"],
-        "name": job["name"],
-        "store_id": job["store_id"],
-    }
-    try:
-        fields = Dictionary.model_validate({"created_at": 0, **record, **known})
-    except ValidationError as error:
-        raise _unusable(job, error) from error
-    values = {**fields.model_dump(), "project": job["project"], "created_at": database_now()}
-    connection.execute(insert(dictionaries).values(values))
+def publish(connection: Connection, job: RowMapping, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add the dictionaries that a job trained; raises CorruptArtifact if the records are not those of its variants."""
+    variants = TrainSpec.model_validate(job["spec"]).variant_names
+    if len(records) != len(variants):
+        raise _unusable(job, f"{len(records)} records for {len(variants)} dictionaries")
+    ids = dictionary_ids(job["dictionary_id"], len(variants))
+    for dictionary_id, variant, record in zip(ids, variants, records, strict=True):
+        known = {
+            "id": dictionary_id,
+            "job_id": job["id"],
+            "name": _dictionary_name(job["name"], variant),
+            "store_id": job["store_id"],
+        }
+        try:
+            fields = Dictionary.model_validate({"created_at": 0, **record, **known})
+        except ValidationError as error:
+            raise _unusable(job, _wrong_fields(error)) from error
+        values = {**fields.model_dump(), "project": job["project"], "created_at": database_now()}
+        connection.execute(insert(dictionaries).values(values))
 
 
-def _unusable(job: RowMapping, error: ValidationError) -> CorruptArtifact:
-    fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+def _dictionary_name(job_name: str, variant: str) -> str:
+    """The job's name, with the variant's behind it; as much of the former as fits into the column beside the latter."""
+    if not (job_name and variant):
+        return job_name or variant
+    return f"{job_name[: _NAME_LENGTH - 1 - len(variant)]}/{variant}"
+
+
+def _wrong_fields(error: ValidationError) -> str:
+    return ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+
+
+def _unusable(job: RowMapping, what: str) -> CorruptArtifact:
     return CorruptArtifact(
-        f"job {job['id']!r} ended with a record that does not describe what it made (wrong: {fields}); "
+        f"job {job['id']!r} ended with a record that does not describe what it made (wrong: {what}); "
         "its workers run another version than the service",
         code="invalid_result",
     )

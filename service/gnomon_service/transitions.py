@@ -92,11 +92,12 @@ def end(
 ) -> RowMapping | None:
     """Bring the one job that matches to a terminal state, with all that follows; None where none matches.
 
-    `result` is an Outcome's: its `record` becomes the activation store or dictionary that the job made.
+    `result` is an Outcome's: its `record` or `records` become the activation store or the dictionaries that the
+    job made.
     """
     assert to in TERMINAL_STATES
     code, message = clean(code), clean(message)
-    shown = {key: value for key, value in (result or {}).items() if key != "record"}
+    shown = {key: value for key, value in (result or {}).items() if key not in ("record", "records")}
     row = move(
         connection,
         where,
@@ -140,7 +141,7 @@ def close_attempt(
 
 def _keep_result(connection: Connection, row: RowMapping, result: Mapping[str, Any]) -> None:
     if row["kind"] == "train":
-        publish(connection, row, clean(dict(result.get("record", {}))))
+        publish(connection, row, clean(result.get("records", [])))
     if row["kind"] != "harvest" or row["attempt"] == 0:
         return
     seal_store(connection, row, clean(dict(result.get("record", {}))))

@@ -9,9 +9,24 @@ from typing import get_args
 import pytest
 
 from gnomon import errors
+from gnomon.dictionary_config import Architecture
 from gnomon.errors import GnomonError
 from gnomon.resources import Event
-from gnomon.specs import Adam, Alignment, TrainSpec
+from gnomon.specs import (
+    DEFAULT_BETA1,
+    DEFAULT_LR,
+    Activation,
+    Adam,
+    Alignment,
+    AuxK,
+    Gated,
+    JumpReLU,
+    Matryoshka,
+    PAnneal,
+    ReLU,
+    Spec,
+    TrainSpec,
+)
 from gnomon_service.app import make_app
 from gnomon_service.gate import PUBLIC_PATHS
 from gnomon_service.settings import Settings
@@ -74,6 +89,27 @@ def test_every_alignment_is_documented() -> None:
     assert set(rows) == set(get_args(Alignment))
     default = TrainSpec.model_fields["alignment"].default
     assert f"| `{default}` (default) |" in page("docs/method.md")
+
+
+def test_every_activation_is_documented_with_its_settings() -> None:
+    section = page("docs/method.md").split("### Activations")[1].split("\n### ")[0]
+    formulas, settings = section.split("| `activation` | setting |")
+    activations: tuple[type[Spec], ...] = get_args(get_args(Activation)[0])
+    kinds = {activation.model_fields["kind"].default: activation for activation in activations}
+    assert set(re.findall(r"^\| `(\w+)` \|", formulas, re.MULTILINE)) - {"activation"} == set(kinds)
+    assert set(re.findall(r"^\|[^|]*\| `(\w+)` \|", settings, re.MULTILINE)) == {
+        field for activation in activations for field in activation.model_fields if field != "kind"
+    }
+    exported = page("docs/formats.md").split("| `architecture` |")[1]
+    assert all(f"`{architecture}`" in exported for architecture in get_args(Architecture))
+
+
+def test_defaults_of_activations_that_the_method_page_states_hold() -> None:
+    assert Matryoshka().group_fractions == (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
+    assert (JumpReLU().bandwidth, JumpReLU().initial_threshold) == (0.001, 0.001)
+    assert {Gated().l1_coefficient, ReLU().l1_coefficient, PAnneal().l1_coefficient} == {0.04}
+    assert (PAnneal().final_p, PAnneal().n_updates, AuxK().coefficient) == (0.2, 10, 1 / 32)
+    assert (DEFAULT_LR, DEFAULT_BETA1) == ({"jumprelu": 7e-5, "gated": 5e-5}, {"jumprelu": 0.0})
 
 
 def test_defaults_that_the_method_page_states_hold() -> None:

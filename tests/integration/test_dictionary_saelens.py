@@ -14,18 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gnomon
-from gnomon.specs import Activation, BatchTopK, TopK
-from tests.numerics.exported import SCALE, trained_folder
+from gnomon.specs import Activation, BatchTopK, ReLU
+from tests.numerics.exported import SCALE, trained_folder, transcoder_folder
 from tests.numerics.steps import data
+from tests.numerics.variants import VARIANTS
 from tests.unit.dictionary_folders import D_IN, make_folder
 
 pytestmark = pytest.mark.saelens
 
 ARCHITECTURES = ("topk", "jumprelu", "standard")
-TRAINED: dict[str, Activation] = {
-    "trained-topk": TopK(k=5),
-    "trained-batchtopk": BatchTopK(k=5, threshold_beta=0.8),
+TRANSCODERS: dict[str, Activation] = {
+    "transcoder-relu": ReLU(l1_coefficient=0.1),
+    "transcoder-batchtopk": BatchTopK(k=5, threshold_beta=0.8),
 }
+TRAINED: dict[str, Activation] = {f"trained-{name}": VARIANTS[name] for name in VARIANTS if "+" not in name}
 """Exports of dictionaries that were trained on raw inputs, with the scaling folded."""
 PROGRAM = """
 import sys
@@ -50,23 +52,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("saelens")
     folders = {name: make_folder(root / name, name) for name in ARCHITECTURES}
     folders |= {name: trained_folder(root / name, activation) for name, activation in TRAINED.items()}
+    folders |= {name: transcoder_folder(root / name, activation) for name, activation in TRANSCODERS.items()}
     for name, folder in folders.items():
-        x = SCALE * data(64) if name in TRAINED else torch.randn(64, D_IN)
+        x = torch.randn(64, D_IN) if name in ARCHITECTURES else SCALE * data(64)
         save_file({"x": x}, folder.with_suffix(".in"))
     command = [python, "-c", PROGRAM, *map(str, folders.values())]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
-    names = ["tiny", "blocks.2.hook_resid_post"] * len(ARCHITECTURES) + ["m", "blocks.3.hook_resid_post"] * len(TRAINED)
-    assert run.stdout.split() == names
+    names = ["tiny", "blocks.2.hook_resid_post"] * len(ARCHITECTURES)
+    assert run.stdout.split() == names + ["m", "blocks.3.hook_resid_post"] * (len(TRAINED) + len(TRANSCODERS))
     return folders
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *TRAINED])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *TRAINED, *TRANSCODERS])
 def test_same_features_and_reconstructions(folders: dict[str, Path], architecture: str) -> None:
     folder = folders[architecture]
     theirs, ours = load_file(folder.with_suffix(".out")), gnomon.load(folder)
     acts = ours.encode(load_file(folder.with_suffix(".in"))["x"])
     assert int((acts > 0).sum()) > 0
-    atol = 1e-6 * (SCALE if architecture in TRAINED else 1)
+    atol = 1e-6 * (1 if architecture in ARCHITECTURES else SCALE)
     torch.testing.assert_close(acts, theirs["acts"], rtol=1e-5, atol=atol)
     torch.testing.assert_close(ours.decode(acts), theirs["out"], rtol=1e-5, atol=atol)

@@ -47,7 +47,10 @@ def test_members_run_and_are_gone_afterwards() -> None:
         pids = ray.get([member.pid.remote() for member in gang.members])
         ticks: list[int] = []
         values = gang.watch([m.work.remote(0.5) for m in gang.members], lambda: ticks.append(1))
+        first, second = gang.members
+        ended = gang.watch([first.work.remote(60), second.work.remote(0)], lambda: None, ends=lambda value: value == 1)
     assert values == [0, 1] and len(ticks) >= 2
+    assert ended == [1], "the others were waited for"
     wait_until_gone(pids)
 
 
@@ -73,11 +76,9 @@ def test_a_stopped_member_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         running = [m.work.remote(60) for m in gang.members]
         pid = ray.get(gang.members[1].pid.remote())
         os.kill(pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(WorkerLost, match="worker 1 has not answered"):
-                gang.watch(running, lambda: None)
-        finally:
-            os.kill(pid, signal.SIGCONT)
+        with pytest.raises(WorkerLost, match="worker 1 has not answered"):
+            gang.watch(running, lambda: None)
+    wait_until_gone([pid])
 
 
 def test_a_gang_that_does_not_fit_is_refused_with_what_the_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: 
     finish(cluster, Assignment(job_id="job_harvest", kind="harvest", spec=spec, **common))
     ActivationStore.open(Location.open(root).child("activations", store)).verify()
     train = Assignment(job_id="job_train", kind="train", spec=train_spec(store), dictionary_id="dict_s3", **common)
-    record = finish(cluster, train)["record"]
+    record = finish(cluster, train)["records"][0]
     assert record["location"] == f"{root}/dictionaries/dict_s3/attempt-0001"
     assert 0 < record["metrics"]["fvu"] < 1 and record["metrics"]["ce_loss_score"] > 0
     folder = Location.open(record["location"])

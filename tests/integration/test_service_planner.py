@@ -86,6 +86,9 @@ def test_a_shape_that_only_the_width_shows_to_be_wrong_is_refused(service: Servi
     spec = service.train(d_sae=None, expansion_factor=1.5)
     problem = refuse(service, spec, 422, "invalid_spec")
     assert "k=32 exceeds d_sae=24" in problem["detail"]
+    spec |= {"activation": {"kind": "topk", "k": 8}, "variants": [{"name": "fits", "k": 24}, {"name": "wide", "k": 25}]}
+    problem = refuse(service, spec, 422, "invalid_spec")
+    assert "variant 'wide': k=25 exceeds d_sae=24" in problem["detail"]
 
 
 def test_a_mesh_must_fit_the_cluster(service: Service) -> None:

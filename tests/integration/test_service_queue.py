@@ -10,9 +10,11 @@ from alembic.migration import MigrationContext
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
-from gnomon.errors import Conflict, NotFound
+from gnomon.errors import Conflict, CorruptArtifact, NotFound
+from gnomon.specs import TrainVariant
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import LEGAL_TRANSITIONS, dictionaries, jobs, legal_transitions, metadata
+from gnomon_workers.protocol import dictionary_ids
 from tests.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, stored, train_spec
 
 
@@ -128,11 +130,31 @@ def test_success_of_training_publishes_its_dictionary(bench: Bench) -> None:
     bench.seal()
     job = bench.submit(train_spec(activations=stored(), hook_name="model.layers.1"), name="mine")
     held = bench.claim()
-    bench.leases.succeed(held.lease, {"dictionary_id": held.dictionary_id, "record": DICTIONARY_RECORD})
+    bench.leases.succeed(held.lease, {"dictionary_id": held.dictionary_id, "records": [DICTIONARY_RECORD]})
     with bench.database.read() as connection:
         row = connection.execute(select(dictionaries)).one()
     assert (row.id, row.job_id, row.name, row.project) == (held.dictionary_id, job.id, "mine", PROJECT)
     assert bench.job(job.id).result == {"dictionary_id": held.dictionary_id}
+
+
+def test_success_of_training_publishes_all_variants_or_none(bench: Bench) -> None:
+    bench.seal()
+    variants = (TrainVariant(name="k8", k=8), TrainVariant(name="k4", k=4))
+    job = bench.submit(train_spec(activations=stored(), hook_name="model.layers.1", variants=variants), name="m" * 128)
+    held = bench.claim()
+    assert held.dictionary_id is not None
+    spoiled = {**DICTIONARY_RECORD, "d_sae": "many"}
+    for records, wrong in (([DICTIONARY_RECORD], "1 records for 2"), ([DICTIONARY_RECORD, spoiled], "d_sae")):
+        with pytest.raises(CorruptArtifact, match=wrong):
+            bench.leases.succeed(held.lease, {"records": records})
+        with bench.database.read() as connection:
+            assert connection.execute(select(func.count()).select_from(dictionaries)).scalar_one() == 0
+    bench.leases.succeed(held.lease, {"n_steps": 2, "records": [DICTIONARY_RECORD, {**DICTIONARY_RECORD, "d_in": 17}]})
+    with bench.database.read() as connection:
+        rows = connection.execute(select(dictionaries).order_by(dictionaries.c.d_in)).all()
+    assert [row.id for row in rows] == list(dictionary_ids(held.dictionary_id, 2))
+    assert [row.name for row in rows] == ["m" * 125 + "/k8", "m" * 125 + "/k4"]
+    assert {row.job_id for row in rows} == {job.id} and bench.job(job.id).result == {"n_steps": 2}
 
 
 def test_a_failed_harvest_fails_what_waits_for_it(bench: Bench) -> None:

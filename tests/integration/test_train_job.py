@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,20 @@ import psutil
 import pytest
 
 from gnomon.dictionary import load_folder
+from gnomon.errors import StoreUnavailable
+from gnomon.resources import TrainResult
 from gnomon_workers import cluster as clusters
+from gnomon_workers import failpoints
+from gnomon_workers import gang as gangs
 from gnomon_workers.cluster import RayCluster
-from gnomon_workers.protocol import Assignment, ClusterUnreachable, Outcome, Report
+from gnomon_workers.protocol import Assignment, ClusterUnreachable, Outcome, Report, ReportKind, dictionary_ids
+from gnomon_workers.reporting import Reporter, WorkerLost
+from gnomon_workers.train.checkpoints import latest_checkpoint
+from gnomon_workers.train.job import train_gang
+from gnomon_workers.train.run import resolve_all
 from tests.rays import NAMESPACE, local_ray
 from tests.stores import make_store
+from tests.train_processes import ProcessGang
 
 STORE_ID = "act_" + "1" * 32
 
@@ -107,15 +118,16 @@ def pids_of(actor: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster: RayCluster, root: Path) -> dict[int, float]:
-    outcome, reports = follow(cluster, assignment(root, "job_whole"))
-    assert outcome.status == "succeeded", outcome
-    return losses(reports)
+    """Losses of the same ranks without Ray, and without anything happening to them."""
+    attempt = ProcessGang(root, "whole", resolve_all(assignment(root, "job_whole"))[0].plan).run()
+    assert attempt.finished
+    return attempt.losses
 
 
 def test_a_job_publishes_a_dictionary_and_says_how_it_went(cluster: RayCluster, root: Path) -> None:
     outcome, reports = follow(cluster, assignment(root, "job_one"))
     assert outcome.status == "succeeded", outcome
-    record = outcome.result["record"]
+    record = outcome.result["records"][0]
     dictionary = load_folder(Path(record["location"].removeprefix("file://")))
     assert dictionary.W_enc.shape == (16, 64)
     assert record["metrics"]["alignment"]["max_deviation"] <= 1e-5
@@ -129,6 +141,66 @@ def test_a_job_publishes_a_dictionary_and_says_how_it_went(cluster: RayCluster, 
     assert progress[-1]["done"] == progress[-1]["total"] == 64 * 400
 
 
+def test_variants_are_trained_at_once_and_published_each_by_itself(cluster: RayCluster, root: Path) -> None:
+    variants: list[dict[str, Any]] = [
+        {"name": "k4"},
+        {"name": "topk8", "activation": {"kind": "topk"}, "k": 8},
+        {"name": "seed-7", "seed": 7, "alignment": "none", "lr": 1e-3},
+    ]
+    names = [variant["name"] for variant in variants]
+    task = assignment(root, "job_many", variants=variants, token_budget=64 * 100)
+    outcome, reports = follow(cluster, task)
+    assert outcome.status == "succeeded", outcome
+
+    result = TrainResult.model_validate(outcome.result)
+    ids = dictionary_ids("dict_job_many", 3)
+    assert {name: made.dictionary_id for name, made in result.dictionaries.items()} == dict(
+        zip(names, ids, strict=True)
+    )
+    assert result.dictionary_id == ids[0] and result.metrics == result.dictionaries["k4"].metrics
+    records = outcome.result["records"]
+    folders = [Path(record["location"].removeprefix("file://")) for record in records]
+    assert [folder.parent.name for folder in folders] == list(ids)
+    found = [load_folder(folder) for folder in folders]
+    assert [dictionary.cfg.architecture for dictionary in found] == ["jumprelu", "topk", "jumprelu"]
+    assert found[1].cfg.k == 8 and not found[0].W_dec.equal(found[2].W_dec)
+    deviations = [record["metrics"]["alignment"]["max_deviation"] for record in records]
+    assert max(deviations[:2]) <= 1e-5 < deviations[2]
+    provenance = json.loads((folders[2] / "runner_cfg.json").read_bytes())
+    assert (provenance["variant"], provenance["train"]["seed"], provenance["resolved"]["data_seed"]) == ("seed-7", 7, 0)
+    _check_reports(reports, names)
+
+    (folders[1] / "gnomon.json").unlink()  # as if the first attempt had been lost before it published this one
+    outcome, reports = follow(cluster, replace(task, attempt=2))
+    assert [record["location"][-1] for record in outcome.result["records"]] == ["1", "2", "1"]
+    assert [(r.data["phase"], r.data.get("variant")) for r in reports if r.kind == "phase"] == [
+        ("train", None),
+        ("export", "topk8"),
+    ]
+    assert not losses(reports)
+
+
+def test_a_dictionary_of_several_is_evaluated_like_any(cluster: RayCluster, root: Path) -> None:
+    dictionary_id = dictionary_ids("dict_job_many", 3)[1]
+    spec = {"kind": "evaluate", "dictionary": dictionary_id, "evaluation": {"ce": False, "n_tokens": 512}}
+    task = replace(assignment(root, "job_measure"), kind="evaluate", spec=spec, dictionary_id=dictionary_id)
+    outcome, _ = follow(cluster, task)
+    assert outcome.status == "succeeded", outcome
+    assert outcome.result["dictionary_id"] == dictionary_id and 0 < outcome.result["metrics"]["fvu"] < 1
+
+
+def _check_reports(reports: list[Report], names: list[str]) -> None:
+    """Metrics and checkpoints are each variant's, tokens are counted once."""
+    steps = [(r.data["variant"], r.data["step"]) for r in reports if r.kind == "metrics"]
+    assert steps == [(name, step) for step in range(1, 101) for name in names]
+    saved = [(r.data["variant"], r.data["step"]) for r in reports if r.kind == "checkpoint"]
+    assert sorted(saved) == sorted((name, step) for name in names for step in (50, 100))
+    phases = [(r.data["phase"], r.data.get("variant")) for r in reports if r.kind == "phase"]
+    assert phases == [("train", None), *(("export", name) for name in names)]
+    done = [r.data["done"] for r in reports if r.kind == "progress" and r.data["phase"] == "train"]
+    assert done == sorted(done) and done[-1] == 64 * 100
+
+
 def test_a_published_job_is_not_trained_again(cluster: RayCluster, root: Path) -> None:
     outcome, reports = follow(cluster, assignment(root, "job_one", attempt=2))
     assert outcome.status == "succeeded" and not losses(reports)
@@ -139,14 +211,18 @@ def test_a_killed_rank_loses_the_attempt_and_the_next_resumes_exactly(
     cluster: RayCluster, root: Path, uninterrupted: dict[int, float], signal_number: int
 ) -> None:
     killed: list[int] = []
+    killed_at: list[float] = []
 
     def kill_at_step_120(report: Report) -> None:
         if report.kind == "metrics" and report.data["step"] >= 120 and not killed:
             killed.extend(rank_pids()[-1:])
             os.kill(killed[0], signal_number)
+            killed_at.append(time.monotonic())
 
     outcome, reports = follow(cluster, assignment(root, "job_killed"), kill_at_step_120)
     assert killed and outcome.status == "lost", outcome
+    # the other rank is in a collective, and would wait in it for a minute
+    assert time.monotonic() - killed_at[0] < 15
     before = losses(reports)
     assert max(before) < 400
     outcome, reports = follow(cluster, assignment(root, "job_killed", attempt=2))
@@ -154,6 +230,67 @@ def test_a_killed_rank_loses_the_attempt_and_the_next_resumes_exactly(
     after = losses(reports)
     assert min(after) > 100
     assert {**before, **after} == uninterrupted
+
+
+class Watching(Reporter):
+    """Notes when a rank was first seen stopped, and when the first metrics came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped: dict[int, float] = {}
+        self.first_metrics: float | None = None
+
+    def check_cancelled(self) -> None:
+        for pid in rank_pids():
+            with contextlib.suppress(psutil.Error):
+                if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                    self.stopped.setdefault(pid, time.monotonic())
+
+    def report(self, kind: ReportKind, **data: Any) -> None:
+        super().report(kind, **data)
+        if kind == "metrics" and self.first_metrics is None:
+            self.first_metrics = time.monotonic()
+
+
+def test_a_stopped_rank_is_noticed_and_the_gang_rebuilt_within_a_minute(
+    cluster: RayCluster, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped_s, tested_s = gangs.STALL_S, 4.0
+    monkeypatch.setattr(gangs, "STALL_S", tested_s)
+    mesh = {"dp": 2, "features": 2}
+    (run,) = resolve_all(assignment(root, "job_stopped", mesh=mesh, token_budget=64 * 40, checkpoint_every=10))
+    before, after = Watching(), Watching()
+    monkeypatch.setenv(failpoints.VARIABLE, "step.before@rank=2,hit=25:stop")
+    with pytest.raises(WorkerLost, match="worker 2 has not answered"):
+        train_gang([run], before)
+    monkeypatch.delenv(failpoints.VARIABLE)
+    (final,), _ = train_gang([run], after)
+
+    (pid, stopped_at), *others = before.stopped.items()
+    assert not others and not psutil.pid_exists(pid), "the stopped process stays behind"
+    assert after.first_metrics is not None
+    rebuilt_s = after.first_metrics - stopped_at
+    print(f"a step of the new gang {rebuilt_s:.1f} s after the stop, when {tested_s:.0f} s of silence are allowed")
+    assert rebuilt_s + shipped_s - tested_s <= 60
+
+    whole = ProcessGang(root, "job_stopped_whole", run.plan)
+    wanted = whole.run().losses
+    seen = [*losses(list(before.after(0))).items(), *losses(list(after.after(0))).items()]
+    assert len(wanted) == 40 and set(seen) == set(wanted.items()) and len(seen) > 40
+    assert (final.step, final.state) == (40, whole.final().state)
+    assert [shard.digest for shard in final.shards] == [shard.digest for shard in whole.final().shards]
+
+
+def test_an_error_of_one_rank_ends_the_gang_at_once(
+    cluster: RayCluster, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, "checkpoint.after_upload@rank=1,hit=2:raise")
+    (run,) = resolve_all(assignment(root, "job_store", token_budget=64 * 100_000, checkpoint_every=20))
+    # of this kind, because it says that the job may be run again
+    with pytest.raises(StoreUnavailable, match="after_upload"):
+        train_gang([run], Reporter())
+    found, damaged = latest_checkpoint(run.checkpoints)
+    assert found is not None and found.step == 20 and not damaged
 
 
 def test_a_killed_supervisor_takes_its_ranks_with_it(cluster: RayCluster, root: Path) -> None:
@@ -202,7 +339,10 @@ def test_a_cancelled_job_stops(cluster: RayCluster, root: Path) -> None:
 
     outcome, _ = follow(cluster, task, cancel_soon)
     assert outcome.status == "cancelled"
-    assert not rank_pids()
+    deadline = time.monotonic() + 10
+    while rank_pids():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_error_of_the_job_is_final_and_says_what_to_do(cluster: RayCluster, root: Path) -> None:
@@ -222,3 +362,44 @@ def test_an_unknown_attempt_is_unknown(cluster: RayCluster) -> None:
 def test_the_snapshot_is_the_clusters(cluster: RayCluster) -> None:
     snapshot = cluster.snapshot()
     assert (snapshot.n_cpus, snapshot.n_gpus, snapshot.n_nodes) == (4, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def two_hooks(root: Path) -> str:
+    """A store of two hooks of different widths."""
+    store_id = "act_" + "2" * 32
+    make_store(root, store_id=store_id, hooks={"model.layers.0": 16, "model.layers.1": 12})
+    return store_id
+
+
+def joint(root: Path, store_id: str, job_id: str, **fields: Any) -> Assignment:
+    """A short job on a store of two hooks, evaluated without a model."""
+    fields |= {"token_budget": 64 * 100, "evaluation": {"ce": False, "n_tokens": 1024}}
+    task = assignment(root, job_id, activations={"kind": "store", "id": store_id}, **fields)
+    return replace(task, store_id=store_id)
+
+
+def test_a_crosscoder_is_trained_evaluated_and_published(cluster: RayCluster, root: Path, two_hooks: str) -> None:
+    outcome, _ = follow(cluster, joint(root, two_hooks, "job_cross", hook_names=["model.layers.1", "model.layers.0"]))
+    assert outcome.status == "succeeded", outcome
+    record = outcome.result["records"][0]
+    assert (record["hook_name"], record["d_in"]) == ("model.layers.1 + model.layers.0", 28)
+    dictionary = load_folder(Path(record["location"].removeprefix("file://")))
+    assert dictionary.cfg.hooks == {"model.layers.1": 12, "model.layers.0": 16}
+    metrics = record["metrics"]
+    assert metrics["n_tokens"] == 1024 and 0 < metrics["fvu"] < 1
+    assert min(metrics["fvu_by_hook"].values()) <= metrics["fvu"] <= max(metrics["fvu_by_hook"].values())
+    assert metrics["alignment"]["max_deviation"] <= 1e-5
+
+
+def test_a_transcoder_is_trained_evaluated_and_published(cluster: RayCluster, root: Path, two_hooks: str) -> None:
+    hooks = {"hook_name": "model.layers.0", "target_hook_name": "model.layers.1"}
+    activation = {"kind": "jumprelu", "target_l0": 6, "bandwidth": 0.05, "initial_threshold": 0.05}
+    task = joint(root, two_hooks, "job_trans", alignment="none", activation=activation, **hooks)
+    outcome, _ = follow(cluster, task)
+    assert outcome.status == "succeeded", outcome
+    record = outcome.result["records"][0]
+    assert (record["hook_name"], record["d_in"]) == ("model.layers.0 -> model.layers.1", 16)
+    dictionary = load_folder(Path(record["location"].removeprefix("file://")))
+    assert (dictionary.cfg.architecture, dictionary.cfg.d_out) == ("jumprelu_transcoder", 12)
+    assert 0 < record["metrics"]["fvu"] < 1.5 and "alignment" not in record["metrics"]

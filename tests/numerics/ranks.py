@@ -21,10 +21,7 @@ T = TypeVar("T")
 def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
-        task = pipe.recv()
-        if task is None:
-            return
-        function, dp, features, port, args = task
+        function, dp, features, port, args, options = pipe.recv()
         try:
             dist.init_process_group(
                 "gloo",
@@ -34,7 +31,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 timeout=timedelta(seconds=60),
             )
             mesh = ProcessMesh.create(dp=dp, features=features, timeout_s=60)
-            pipe.send((True, function(mesh, *args)))
+            pipe.send((True, function(mesh, *args, **options)))
         except Exception as error:
             pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}"))
         finally:
@@ -43,33 +40,34 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 class RankPool:
-    """Processes that are started once and form one mesh after another."""
+    """Processes that are started once, as many as the largest mesh so far needs, and form one mesh after another."""
 
-    def __init__(self, n_ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
         self._workers: list[tuple[SpawnProcess, Connection]] = []
-        for rank in range(n_ranks):
+
+    def run(self, function: Callable[..., T], dp: int, features: int, *args: Any, **options: Any) -> list[T]:
+        """function(mesh, *args, **options) on every rank of a mesh; values in rank order."""
+        context = multiprocessing.get_context("spawn")
+        for rank in range(len(self._workers), dp * features):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self._workers.append((process, ours))
-
-    def run(self, function: Callable[..., T], dp: int, features: int, *args: Any) -> list[T]:
-        """function(mesh, *args) on every rank of a mesh; values in rank order."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         pipes = [pipe for _, pipe in self._workers[: dp * features]]
         for pipe in pipes:
-            pipe.send((function, dp, features, port, args))
+            pipe.send((function, dp, features, port, args, options))
         answers = [pipe.recv() for pipe in pipes]
         failures = [value for ok, value in answers if not ok]
         assert not failures, failures
         return [value for _, value in answers]
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: between two meshes they hold nothing that a farewell would save."""
+        for process, _ in self._workers:
+            process.kill()
         for process, pipe in self._workers:
-            pipe.send(None)
             process.join(10)
             pipe.close()

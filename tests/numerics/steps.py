@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from gnomon.specs import Mesh, StoredActivations, TrainSpec
+from gnomon_workers.kernels.blocks import BlockedUpdate
+from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.parameters import make_parameters
-from gnomon_workers.train.plan import TrainPlan, make_plan
-from gnomon_workers.train.step import TrainStep
+from gnomon_workers.sae.variants import make_variant
+from gnomon_workers.train.plan import HookRows, TrainPlan, make_joint_plan, make_plan
+from gnomon_workers.train.step import StepResult, TrainStep
 
 D_IN = 24
 STORE = StoredActivations(id="act_" + "0" * 32)
@@ -19,9 +23,19 @@ STORE = StoredActivations(id="act_" + "0" * 32)
 
 def plan_of(*, mesh: Mesh | None = None, d_in: int = D_IN, **fields: Any) -> TrainPlan:
     """A plan for inputs of unit mean squared norm."""
+    return make_plan(_spec(mesh, **fields), d_in=d_in, mesh=mesh or Mesh(), mean_squared_norm=1.0)
+
+
+def joint_plan_of(
+    *inputs: HookRows, target: HookRows | None = None, mesh: Mesh | None = None, **fields: Any
+) -> TrainPlan:
+    """A plan for a crosscoder of several hooks, or a transcoder from one to another."""
+    return make_joint_plan(_spec(mesh, **fields), inputs=inputs, target=target, mesh=mesh or Mesh())
+
+
+def _spec(mesh: Mesh | None, **fields: Any) -> TrainSpec:
     given: dict[str, Any] = {"d_sae": 96, "batch_size": 32, "token_budget": 32 * 100, **fields}
-    spec = TrainSpec(activations=STORE, mesh=mesh or Mesh(), **given)
-    return make_plan(spec, d_in=d_in, mesh=mesh or Mesh(), mean_squared_norm=1.0)
+    return TrainSpec(activations=STORE, mesh=mesh or Mesh(), **given)
 
 
 def data(n: int, *, seed: int = 0, d_in: int = D_IN, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,11 +47,17 @@ def data(n: int, *, seed: int = 0, d_in: int = D_IN, dtype: torch.dtype = torch.
     return (x / x.square().sum(1).mean().sqrt()).to(dtype)
 
 
-def step_of(plan: TrainPlan, mesh: ProcessMesh | None = None, *, dtype: torch.dtype = torch.float32) -> TrainStep:
+def step_of(
+    plan: TrainPlan,
+    mesh: ProcessMesh | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> TrainStep:
     """A fresh step; b_dec is not zero, so that its part in the gradient shows."""
     mesh = mesh or ProcessMesh.single()
     start, stop = mesh.feature_range(plan.d_sae)
-    b_dec = torch.linspace(-0.1, 0.1, plan.d_in, dtype=dtype)
+    b_dec = torch.linspace(-0.1, 0.1, plan.d_out, dtype=dtype, device=device)
     parameters = make_parameters(
         seed=plan.seed,
         d_in=plan.d_in,
@@ -45,6 +65,8 @@ def step_of(plan: TrainPlan, mesh: ProcessMesh | None = None, *, dtype: torch.dt
         stop=stop,
         b_dec=b_dec,
         tied=plan.alignment == "tied",
+        vectors=make_variant(plan.activation, plan.setting).initial_vectors(),
+        is_transcoder=plan.target is not None,
         dtype=dtype,
     )
     return TrainStep(plan, parameters, mesh)
@@ -58,3 +80,23 @@ def unsettle(step: TrainStep, *, seed: int = 1) -> None:
     for tensor in step.parameters.tensors().values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype))
     RULES[step.plan.alignment].retract(step.parameters.W_enc_rows, step.parameters.W_dec)
+
+
+def gradients_of(
+    step: TrainStep, x: Tensor, monkeypatch: pytest.MonkeyPatch, *, number: int = 0
+) -> tuple[dict[str, Tensor], StepResult]:
+    """Gradients as the optimizer would see them, before clipping, dense and by name; nothing is updated."""
+    seen: dict[str, Tensor] = {}
+
+    def catch(self: BlockedUpdate, gradients: RowGradients, **_: object) -> None:
+        rows = {"W_dec": gradients.decoder, "W_enc_rows": gradients.encoder}
+        for name, tensor in step.parameters.tensors().items():
+            if name in rows:
+                seen[name] = torch.zeros_like(tensor).index_add_(0, gradients.touched, rows[name])
+            else:
+                seen[name] = gradients.vectors[name].clone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockedUpdate, "apply", catch)
+        result = step(number, x)
+    return seen, result

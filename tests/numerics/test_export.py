@@ -14,7 +14,8 @@ from gnomon_workers.export import publish, published, transformer_lens_name
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import alignment_scores
 from gnomon_workers.sae.sparse import decode
-from gnomon_workers.train.checkpoints import Checkpoint, save_checkpoint
+from gnomon_workers.train.checkpoints import Checkpoint
+from gnomon_workers.train.saving import save_checkpoint
 from tests.numerics.exported import SCALE, exported, scaled_plan, trained
 from tests.numerics.ranks import RankPool
 from tests.numerics.steps import data
@@ -46,8 +47,8 @@ def test_batchtopk_export_keeps_what_passes_the_folded_threshold(tmp_path: Path)
     checkpoint = save_checkpoint(checkpoints, step, number=30, attempt=1)
     dictionary = load_folder(exported(tmp_path / "out", plan, checkpoint, checkpoints))
     x = SCALE * data(64, seed=99)
-    hidden = (x * plan.scale - step.parameters.b_dec) @ step.parameters.W_enc + step.parameters.b_enc
-    wanted = torch.where(hidden > step.threshold, hidden, 0.0) * SCALE
+    hidden = (x / SCALE - step.parameters.b_dec) @ step.parameters.W_enc + step.parameters.b_enc
+    wanted = torch.where(hidden > step.state["threshold"], hidden, 0.0) * SCALE
     torch.testing.assert_close(dictionary.encode(x), wanted, rtol=1e-4, atol=1e-3)
     l0 = (dictionary.encode(x) > 0).sum(1).float().mean()
     assert 3 <= l0 <= 7

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.parallel.select import BatchTopKSelector, global_topk
-from gnomon_workers.sae.selection import topk_rows
+from gnomon_workers.sae.selection import GroupedRows, local_topk, topk_rows
 from gnomon_workers.sae.sparse import Picks
 from tests.numerics.ranks import RankPool
 
@@ -38,18 +38,21 @@ def values_with_ties(n_rows: int, n: int, levels: int, seed: int) -> Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    n_groups=st.integers(1, 40),
-    extra=st.sampled_from([0, 0, 0, 7]),
+    n=st.sampled_from([7, 31, 64, 96, 256, 512, 1024, 1536, 4096]),
     k=st.integers(1, 12),
     levels=st.sampled_from([1, 3, 50, 10**6]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     seed=st.integers(0, 10**6),
 )
-def test_topk_rows_equals_a_stable_sort(n_groups: int, extra: int, k: int, levels: int, seed: int) -> None:
-    values = values_with_ties(6, 32 * n_groups + extra, levels, seed)
+def test_topk_equals_a_stable_sort(n: int, k: int, levels: int, dtype: torch.dtype, seed: int) -> None:
+    """Through groups of each width and none, which n and k decide."""
+    values = values_with_ties(6, n, levels, seed).to(dtype)
+    picks = local_topk(GroupedRows(values, k), k).picks(6)
+    assert torch.equal(dense(picks, n), values * stable_topk(values, k))
     top, indices = topk_rows(values, k)
     assert (indices.diff(dim=1) > 0).all()
-    kept = torch.zeros_like(values, dtype=torch.bool).scatter_(1, indices, True) & (values > 0)
-    assert torch.equal(kept, stable_topk(values, k))
+    kept = torch.zeros_like(values, dtype=torch.bool).scatter_(1, indices, True)
+    assert torch.equal(kept & (values > 0), stable_topk(values, k))
     assert torch.equal(top, values.gather(1, indices))
 
 

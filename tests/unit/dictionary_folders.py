@@ -27,10 +27,14 @@ def make_tensors(architecture: str, seed: int = 0) -> dict[str, Tensor]:
     }
     if architecture == "jumprelu":
         tensors["threshold"] = torch.full((D_SAE,), 0.7)
+    if architecture == "gated":
+        tensors["b_mag"] = tensors.pop("b_enc")
+        tensors["b_gate"] = 0.1 * torch.randn(D_SAE, generator=generator)
+        tensors["r_mag"] = 0.1 * torch.randn(D_SAE, generator=generator)
     return tensors
 
 
-def make_config(architecture: str, **changes: Any) -> dict[str, Any]:
+def make_config(architecture: str, /, **changes: Any) -> dict[str, Any]:
     """cfg.json of such a dictionary."""
     config: dict[str, Any] = {
         "architecture": architecture,
@@ -53,7 +57,7 @@ def make_config(architecture: str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def make_folder(folder: Path, architecture: str, **changes: Any) -> Path:
+def make_folder(folder: Path, architecture: str, /, **changes: Any) -> Path:
     """Write a dictionary into a new folder; changes replace keys of cfg.json."""
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps(make_config(architecture, **changes)))

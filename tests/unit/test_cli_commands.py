@@ -75,6 +75,22 @@ def test_submit_reads_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(out)["id"] == JOB_ID
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_submit_asks_for_a_trace(run: Run, tmp_path: Path, whole: bool) -> None:
+    train = {"kind": "train", "activations": {"kind": "store", "id": "act_" + "0" * 32}, "d_sae": 64}
+    train |= {"token_budget": 10_000}
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps({"spec": train} if whole else train))
+    sent: list[dict[str, Any]] = []
+
+    def keep(request: httpx2.Request) -> httpx2.Response:
+        sent.append(json.loads(request.content))
+        return answer(job(), 201)
+
+    assert run(f"submit {file} --profile 5", keep)[0] == 0
+    assert sent[0]["spec"]["profile_steps"] == 5
+
+
 def test_submit_and_wait_shows_the_result(run: Run, spec_file: Path) -> None:
     answers = [answer(job(), 201), answer(job()), sse(event(1), DONE), answer(SUCCEEDED)]
     code, out, err = run(f"submit {spec_file} --wait", *answers)
@@ -144,6 +160,15 @@ def test_job_shows_error_and_metrics(run: Run) -> None:
     assert code == 0
     assert "disk full (x)" in out
     assert "[red]name" in out
+
+
+def test_job_with_variants_shows_each_dictionary(run: Run) -> None:
+    made = {name: {"dictionary_id": f"dict_{name}", "metrics": {"fvu": fvu}} for name, fvu in (("a", 0.25), ("b", 0.5))}
+    result = {"dictionary_id": "dict_a", "n_steps": 7, "metrics": {"fvu": 0.25}, "dictionaries": made}
+    code, out, _ = run(f"job {JOB_ID}", answer(job(state="succeeded", result=result)))
+    assert code == 0 and "n_steps" in out
+    assert [line.split() for line in out.splitlines()[-2:]] == [["a", "dict_a", "0.2500"], ["b", "dict_b", "0.5000"]]
+    assert out.count("dict_a") == 1
 
 
 def test_text_from_elsewhere_cannot_drive_the_terminal(run: Run) -> None:

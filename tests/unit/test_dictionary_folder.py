@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import gnomon
 from gnomon._safetensors import MAX_HEADER_BYTES
-from gnomon.dictionary import MAX_CONFIG_BYTES, load_folder
+from gnomon.dictionary import load_folder
+from gnomon.dictionary_config import MAX_CONFIG_BYTES
 from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound
 from tests.unit.dictionary_folders import D_IN, D_SAE, make_folder, make_tensors
 
@@ -49,11 +50,11 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
         gnomon.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("architecture", ["gated", "batchtopk", 7])
+@pytest.mark.parametrize("architecture", ["temporal", "batchtopk", 7])
 def test_unsupported_architecture_says_which_can_be_read(folder: Path, architecture: object) -> None:
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | {"architecture": architecture}))
-    with pytest.raises(InvalidRequest, match="topk, jumprelu, standard") as caught:
+    with pytest.raises(InvalidRequest, match="topk, jumprelu, standard, gated") as caught:
         load_folder(folder)
     assert caught.value.code == "unsupported_architecture"
 
@@ -74,6 +75,26 @@ def test_unsupported_architecture_says_which_can_be_read(folder: Path, architect
 def test_config_that_means_something_else_is_refused(tmp_path: Path, change: dict[str, Any], word: str) -> None:
     with pytest.raises(CorruptArtifact, match=word):
         load_folder(make_folder(tmp_path / "x", "topk", **change))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "word"),
+    [
+        ("standard", {"architecture": "crosscoder"}, "activation=None"),
+        ("standard", {"activation": "standard"}, "a crosscoder names its activation"),
+        ("standard", {"architecture": "crosscoder", "activation": "standard"}, "hooks=None do not make up d_in=16"),
+        ("standard", {"architecture": "crosscoder", "activation": "standard", "hooks": {"a": 9, "b": 8}}, "d_in=16"),
+        ("standard", {"hooks": {"a": 16}}, "a crosscoder, and no other"),
+        ("standard", {"architecture": "transcoder", "d_out": 16}, "apply_b_dec_to_input"),
+        ("gated", {"architecture": "standard"}, "b_enc"),
+        ("standard", {"architecture": "transcoder", "apply_b_dec_to_input": False, "d_out": 9}, r"\(48, 9\)"),
+    ],
+)
+def test_config_that_contradicts_itself_or_the_weights_is_refused(
+    tmp_path: Path, architecture: str, change: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(CorruptArtifact, match=word):
+        load_folder(make_folder(tmp_path / "x", architecture, **change))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"d_in": 1}'])

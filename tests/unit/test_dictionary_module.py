@@ -11,7 +11,7 @@ import gnomon
 from gnomon.dictionary import jumprelu_acts, load_folder, topk_acts
 from tests.unit.dictionary_folders import D_IN, D_SAE, K, make_folder, make_tensors
 
-ARCHITECTURES = ("topk", "jumprelu", "standard")
+ARCHITECTURES = ("topk", "jumprelu", "standard", "gated")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -19,8 +19,11 @@ def test_encode_and_decode_follow_the_definition(tmp_path: Path, architecture: s
     weights = make_tensors(architecture)
     dictionary = load_folder(make_folder(tmp_path / "d", architecture))
     x = torch.randn(7, D_IN)
-    pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
-    if architecture == "topk":
+    pre = (x - weights["b_dec"]) @ weights["W_enc"] + weights.get("b_enc", 0)
+    if architecture == "gated":
+        kept = (pre + weights["b_gate"] > 0).float()
+        pre = (x - weights["b_dec"]) @ (weights["W_enc"] * weights["r_mag"].exp()) + weights["b_mag"]
+    elif architecture == "topk":
         kept = torch.zeros_like(pre).scatter(-1, pre.topk(K).indices, 1.0)
     else:
         kept = (pre > (weights["threshold"] if architecture == "jumprelu" else 0.0)).float()

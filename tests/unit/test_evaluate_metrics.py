@@ -43,6 +43,13 @@ def test_metrics_are_as_defined() -> None:
     assert metrics["l0_over_k"] == metrics["l0"] / 4
 
 
+def test_joined_hooks_have_an_fvu_each() -> None:
+    x, acts, hat = batch(1000)
+    found = CoreSums.of(x, acts, hat).result(k=4, hooks={"a": 3, "b": 5})["fvu_by_hook"]
+    assert found["a"] == pytest.approx(CoreSums.of(x[:, :3], acts, hat[:, :3]).result(k=4)["fvu"], rel=1e-9)
+    assert found["b"] == pytest.approx(CoreSums.of(x[:, 3:], acts, hat[:, 3:]).result(k=4)["fvu"], rel=1e-9)
+
+
 def test_density_histogram_counts_every_feature_that_fires() -> None:
     histogram = density_histogram(torch.tensor([0.0, 1e-4, 0.01, 0.012, 1.0]))
     assert sum(histogram["counts"]) == 4

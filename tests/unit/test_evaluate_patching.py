@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gnomon_workers.evaluate.patching import layers_up_to, patch_sums
+from gnomon_workers.evaluate.patching import Hooks, layers_up_to, patch_sums
 
 
 def llama() -> nn.Module:
@@ -67,7 +67,7 @@ def by_hand(model: nn.Module, hook: str, tokens: Tensor, change: Any) -> tuple[T
 def test_patched_runs_equal_whole_runs_with_the_output_replaced(case: tuple[nn.Module, str]) -> None:
     model, hook = case
     tokens, is_stored = contexts()
-    sums = patch_sums(model, hook, tokens, is_stored, lambda x: 0.7 * x)
+    sums = patch_sums(model, Hooks.one(hook), tokens, is_stored, lambda x: 0.7 * x)
     ce, base = by_hand(model, hook, tokens, lambda x: x)
     mask = is_stored[..., None]
     ce_patched, log_patched = by_hand(model, hook, tokens, lambda x: torch.where(mask, 0.7 * x, x))
@@ -81,10 +81,66 @@ def test_patched_runs_equal_whole_runs_with_the_output_replaced(case: tuple[nn.M
     assert abs(float(ce_patched) - float(ce)) > 1e-3
 
 
+def two_by_hand(model: nn.Module, values: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """CE of the whole model with the outputs of some modules replaced."""
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, value=value: value) for name, value in values.items()
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=tokens.clamp_min(0), attention_mask=(tokens >= 0).long()).logits[:, :-1]
+    for handle in handles:
+        handle.remove()
+    valid = tokens[:, 1:] >= 0
+    return cross_entropy(logits[valid], tokens[:, 1:][valid], reduction="sum")
+
+
+def outputs_of(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """What some modules put out."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: seen.update({name: out}))
+        for name in names
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens.clamp_min(0), attention_mask=(tokens >= 0).long())
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_a_crosscoder_replaces_all_its_hooks_from_all_of_them() -> None:
+    model, (tokens, is_stored) = llama(), contexts()
+    first, second = "model.layers.0.mlp", "model.layers.2"
+    seen = outputs_of(model, [first, second], tokens)
+    hooks = Hooks(read=(first, second), written=(first, second))
+    # each is reconstructed from the other, which shows that both are read
+    sums = patch_sums(model, hooks, tokens, is_stored, lambda x: 0.5 * torch.cat([x[:, 32:], x[:, :32]], dim=1))
+    mask = is_stored[..., None]
+    crossed = {first: seen[second], second: seen[first]}
+    patched = {name: torch.where(mask, 0.5 * crossed[name], seen[name]) for name in seen}
+    ablated = {name: seen[name].masked_fill(mask, 0) for name in seen}
+    assert sums.ce_patched == pytest.approx(float(two_by_hand(model, patched, tokens)), rel=1e-5)
+    assert sums.ce_ablated == pytest.approx(float(two_by_hand(model, ablated, tokens)), rel=1e-5)
+    assert abs(sums.ce_patched - sums.ce_original) > 1e-3
+
+
+def test_a_transcoder_replaces_its_target_alone() -> None:
+    model, (tokens, is_stored) = llama(), contexts()
+    source, target = "model.layers.1", "model.layers.2.mlp"
+    seen = outputs_of(model, [source, target], tokens)
+    hooks = Hooks(read=(source,), written=(target,))
+    sums = patch_sums(model, hooks, tokens, is_stored, lambda x: 2 * x)
+    patched = torch.where(is_stored[..., None], 2 * seen[source], seen[target])
+    ablated = seen[target].masked_fill(is_stored[..., None], 0)
+    assert sums.ce_patched == pytest.approx(float(two_by_hand(model, {target: patched}, tokens)), rel=1e-5)
+    assert sums.ce_ablated == pytest.approx(float(two_by_hand(model, {target: ablated}, tokens)), rel=1e-5)
+    assert abs(sums.ce_patched - sums.ce_original) > 1e-3
+
+
 def test_a_perfect_reconstruction_scores_one(case: tuple[nn.Module, str]) -> None:
     model, hook = case
     tokens, is_stored = contexts()
-    result = patch_sums(model, hook, tokens, is_stored, lambda x: x).result()
+    result = patch_sums(model, Hooks.one(hook), tokens, is_stored, lambda x: x).result()
     assert result["ce_loss_score"] == pytest.approx(1, abs=1e-4)
     assert result["kl_score"] == pytest.approx(1, abs=1e-4)
 
@@ -93,7 +149,7 @@ def test_the_model_is_as_before_afterwards(case: tuple[nn.Module, str]) -> None:
     model, hook = case
     tokens, is_stored = contexts()
     before, _ = by_hand(model, hook, tokens, lambda x: x)
-    patch_sums(model, hook, tokens, is_stored, torch.zeros_like)
+    patch_sums(model, Hooks.one(hook), tokens, is_stored, torch.zeros_like)
     after, _ = by_hand(model, hook, tokens, lambda x: x)
     assert torch.equal(before, after)
 

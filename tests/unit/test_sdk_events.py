@@ -236,6 +236,22 @@ def test_bars_show_every_phase_and_the_metrics() -> None:
     assert "evaluate" in shown
 
 
+def test_bars_say_which_variant_is_meant() -> None:
+    screen = console(terminal=True)
+    running = Job.model_validate(job(state="running", kind="train"))
+    story: list[tuple[str, dict[str, Any]]] = [
+        ("progress", {"phase": "train", "done": 1, "total": 10}),
+        ("metrics", {"variant": "k8", "fvu": 0.2}),
+        ("progress", {"phase": "evaluate", "variant": "k8", "done": 1, "total": 10}),
+        ("progress", {"phase": "evaluate", "variant": "k4", "done": 1, "total": 10}),
+    ]
+    with make_display(True, screen) as display:
+        for number, (kind, data) in enumerate(story):
+            display.show(running, Event.model_validate(event(number + 1, kind, **data)))
+    shown = text_of(screen)
+    assert all(text in shown for text in ("k8:  FVU 0.200", "evaluate k8", "evaluate k4"))
+
+
 def test_bars_fit_a_narrow_terminal() -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
     running = Job.model_validate(job(state="running", kind="train"))

@@ -33,6 +33,21 @@ def test_curves_draw_a_repeated_step_once() -> None:
     assert list(figure.data[0].x) == [10, 20] and list(figure.data[0].y) == [0.5, 0.4]
 
 
+def test_curves_of_variants_are_told_apart() -> None:
+    events = [metrics_event(number, 10 * (number // 2), number / 10) for number in range(2, 6)]
+    for event in events:
+        event.data["variant"] = "k8" if event.id % 2 else "transcoder"
+    figure = training_curves(events)
+    assert [(line.name, list(line.y)) for line in figure.data[::4]] == [("transcoder", [0.2, 0.4]), ("k8", [0.3, 0.5])]
+    assert figure.layout.showlegend and len({line.line.color for line in figure.data}) == 2
+
+
+def test_a_curve_that_a_variant_does_not_have_is_left_out() -> None:
+    event = metrics_event(1, 10, 0.5)
+    del event.data["alignment_min"]  # a transcoder's
+    assert list(training_curves([event]).data[3].y) == [None]
+
+
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(NotFound, match="density_histogram"):
         density_histogram({})

@@ -6,6 +6,7 @@
 
 Weights are written shard by shard into a mapped file, so no process ever holds a whole matrix. The scaling of the
 inputs is folded into biases and threshold; the weights stay as they are, so <w, d> = 1 holds in the export too.
+Hooks of different scales, in crosscoders and transcoders, have theirs folded into the weights as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,16 +23,24 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from gnomon.specs import BatchTopK, TopK
+from gnomon.dictionary_config import Activation as Kind
+from gnomon.specs import Activation, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
 from gnomon_storage.location import Location
 from gnomon_workers.train.checkpoints import Checkpoint, Shard, open_shard
-from gnomon_workers.train.plan import TrainPlan
+from gnomon_workers.train.plan import HookRows, TrainPlan
 
 MANIFEST: Final = "gnomon.json"
 FORMAT: Final = "gnomon-dictionary-1"
 WEIGHTS: Final = "sae_weights.safetensors"
 _SAELENS_FORMAT: Final = "6.54.0"
 """SAELens version whose layout is written; below 6.0.0 its loader throws the metadata away."""
+_VECTORS: Final[dict[Kind, tuple[str, ...]]] = {
+    "topk": ("b_enc",),
+    "standard": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+"""Tensors (d_sae,) of each kind of dictionary."""
 _ATTEMPT: Final = re.compile(r"^attempt-\d{4}$")
 _LAYER: Final = re.compile(r"^(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)$")
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -47,37 +56,72 @@ class WeightFacts:
 
 def write_weights(path: Path, plan: TrainPlan, checkpoint: Checkpoint, checkpoints: Location) -> WeightFacts:
     """Write sae_weights.safetensors at `path` from a checkpoint's shards, one after the other."""
-    shapes = {
-        "W_enc": (plan.d_in, plan.d_sae),
-        "W_dec": (plan.d_sae, plan.d_in),
-        "b_enc": (plan.d_sae,),
-        "b_dec": (plan.d_in,),
-    }
-    if isinstance(plan.activation, BatchTopK):
-        shapes["threshold"] = (plan.d_sae,)
+    kind = exported_kind(plan.activation)
+    shapes = {"W_enc": (plan.d_in, plan.d_sae), "W_dec": (plan.d_sae, plan.d_out), "b_dec": (plan.d_out,)}
+    shapes |= dict.fromkeys(_VECTORS[kind], (plan.d_sae,))
     tensors = _create_safetensors(path, shapes)
     n_dead = 0
     for shard in checkpoint.shards:
         with open_shard(checkpoints.child(checkpoint.name), shard) as source:
-            _copy_shard(tensors, source, shard, plan.scale)
+            _copy_shard(tensors, source, shard, plan, checkpoint.state)
             n_dead += int((source.get_tensor("n_tokens_since_fired") >= plan.dead_after_tokens).sum())
-    if "threshold" in tensors:
-        tensors["threshold"][:] = checkpoint.threshold / plan.scale
     for tensor in tensors.values():
         if isinstance(tensor, np.memmap):
             tensor.flush()
     return WeightFacts(n_dead=n_dead)
 
 
-def _copy_shard(tensors: dict[str, Array], source: Any, shard: Shard, scale: float) -> None:
+def exported_kind(activation: Activation) -> Kind:
+    """The activation, in SAELens' terms, that a trained one acts as at inference."""
+    match activation:
+        case TopK():
+            return "topk"
+        case BatchTopK() | Matryoshka() | JumpReLU():
+            return "jumprelu"
+        case ReLU() | PAnneal():
+            return "standard"
+        case Gated():
+            return "gated"
+
+
+def _copy_shard(
+    tensors: dict[str, Array], source: Any, shard: Shard, plan: TrainPlan, state: Mapping[str, float]
+) -> None:
+    """Copy a shard's features, with the scaling of inputs and outputs folded in.
+
+    Training has pre = w (s_in x - b_dec) + b_enc and x_hat = (f d + b_dec) / s_out. With features divided by c, the
+    output scale, raw weights are s_in w / c and c d / s_out: of one hook they are w and d, whatever its scale.
+    """
+    c = plan.output_scale
     names = set(source.keys())
     rows = slice(shard.start, shard.stop)
     W_dec = source.get_tensor("W_dec").numpy()
     W_enc_rows = source.get_tensor("W_enc_rows").numpy() if "W_enc_rows" in names else W_dec
-    tensors["W_dec"][rows] = W_dec
-    tensors["W_enc"][:, rows] = W_enc_rows.T
-    tensors["b_enc"][rows] = source.get_tensor("b_enc").numpy() / np.float32(scale)
-    tensors["b_dec"][:] = source.get_tensor("b_dec").numpy() / np.float32(scale)
+    outputs = _by_column(plan.inputs if plan.target is None else (plan.target,))
+    tensors["W_dec"][rows] = W_dec * (c / outputs)
+    tensors["W_enc"][:, rows] = (W_enc_rows * (_by_column(plan.inputs) / c)).T
+    tensors["b_dec"][:] = source.get_tensor("b_dec").numpy() / outputs
+    b_enc = source.get_tensor("b_enc").numpy() / np.float32(c)
+    match exported_kind(plan.activation):
+        case "gated":
+            r_mag = source.get_tensor("r_mag").numpy()
+            # the stored encoder is the magnitude's, SAELens' is the gate's
+            tensors["W_enc"][:, rows] *= np.exp(-r_mag)
+            tensors["r_mag"][rows] = r_mag
+            tensors["b_mag"][rows] = b_enc
+            tensors["b_gate"][rows] = source.get_tensor("b_gate").numpy() / np.float32(c)
+        case "jumprelu":
+            tensors["b_enc"][rows] = b_enc
+            learned = "log_threshold" in names
+            threshold = np.exp(source.get_tensor("log_threshold").numpy()) if learned else state["threshold"]
+            tensors["threshold"][rows] = threshold / c
+        case _:
+            tensors["b_enc"][rows] = b_enc
+
+
+def _by_column(hooks: Sequence[HookRows]) -> Array:
+    """The scale of every column of joined hooks, (width,) float32."""
+    return np.concatenate([np.full(hook.width, hook.scale, dtype=np.float32) for hook in hooks])
 
 
 def _create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -100,28 +144,47 @@ def _create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> di
     }
 
 
-def saelens_config(plan: TrainPlan, hook_name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json of the SAELens folder."""
+def saelens_config(plan: TrainPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """cfg.json of the folder; SAELens loads it unless it is a crosscoder, or a TopK or gated transcoder."""
+    kind = exported_kind(plan.activation)
     config: dict[str, Any] = {
-        "architecture": "topk" if isinstance(plan.activation, TopK) else "jumprelu",
+        "architecture": _architecture(plan, kind),
         "d_in": plan.d_in,
         "d_sae": plan.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": plan.target is None,
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
     if isinstance(plan.activation, TopK):
         config |= {"k": plan.activation.k, "rescale_acts_by_decoder_norm": False}
+    if plan.target is not None:
+        config["d_out"] = plan.d_out
+    if len(plan.inputs) > 1:
+        config |= {"activation": kind, "hooks": {hook.name: hook.width for hook in plan.inputs}}
     config["metadata"] = {
         "sae_lens_version": _SAELENS_FORMAT,
-        "hook_name": transformer_lens_name(hook_name),
-        "hf_hook_name": hook_name,
+        **_hook_metadata(plan),
         "training_architecture": plan.activation.kind,
         **metadata,
     }
     return config
+
+
+def _architecture(plan: TrainPlan, kind: Kind) -> str:
+    if len(plan.inputs) > 1:
+        return "crosscoder"
+    if plan.target is None:
+        return kind
+    return "transcoder" if kind == "standard" else f"{kind}_transcoder"
+
+
+def _hook_metadata(plan: TrainPlan) -> dict[str, str]:
+    names = {"hook_name": transformer_lens_name(plan.inputs[0].name), "hf_hook_name": plan.inputs[0].name}
+    if plan.target is not None:
+        names |= {"hook_name_out": transformer_lens_name(plan.target.name), "hf_hook_name_out": plan.target.name}
+    return names
 
 
 def transformer_lens_name(hook_name: str) -> str:

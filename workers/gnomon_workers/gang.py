@@ -20,7 +20,7 @@ from gnomon_workers.reporting import WorkerLost
 
 PLACEMENT_DEADLINE_S: Final = 120.0
 """An unsatisfiable placement group waits for ever; after this it is an error."""
-STALL_S: Final = 30.0
+STALL_S: Final = 20.0
 """A member that has not answered for this long is taken for dead: a stopped process is noticed by nothing else."""
 START_S: Final = 180.0
 """The same for its first answer: a fresh process imports torch first, and a machine may be busy."""
@@ -77,21 +77,32 @@ class Gang:
             ray.kill(member)
         remove_placement_group(self.group)
 
-    def watch(self, running: Sequence[Any], on_tick: Callable[[], None], *, every_s: float = 0.2) -> list[Any]:
+    def watch(
+        self,
+        running: Sequence[Any],
+        on_tick: Callable[[], None],
+        *,
+        every_s: float = 0.2,
+        ends: Callable[[Any], bool] = lambda _: False,
+    ) -> list[Any]:
         """Wait until all `running` references are done and return their values; on_tick runs meanwhile.
 
-        Members must have a method `beat()`. Raises WorkerLost when a member dies, fails or stops answering.
+        A value for which `ends` is true ends the wait: only the values that are there are returned then, for the
+        others may be waiting for the member that gave up. Members must have a method `beat()`. Raises WorkerLost
+        when a member dies, fails or stops answering.
         """
         pending = list(running)
+        values: dict[Any, Any] = {}
         while pending:
             with lost_as_such():
                 done, pending = ray.wait(pending, num_returns=len(pending), timeout=every_s)
-                ray.get(done)  # a failure is raised at once, not when the last member ends
+                # a failure is raised at once, not when the last member ends
+                values |= dict(zip(done, ray.get(done), strict=True))
+            if any(ends(values[reference]) for reference in done):
+                break
             self.check_beats()
             on_tick()
-        with lost_as_such():
-            values: list[Any] = ray.get(list(running))
-        return values
+        return [values[reference] for reference in running if reference in values]
 
     def check_beats(self) -> None:
         """Ask for beats that are due; raises WorkerLost when a member died or stopped answering."""

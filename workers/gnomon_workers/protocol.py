@@ -7,11 +7,14 @@ the attempt, so a stale attempt can harm nothing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
-ReportKind = Literal["phase", "progress", "metrics", "checkpoint", "segment", "log"]
+ReportKind = Literal["phase", "progress", "metrics", "checkpoint", "profile", "segment", "log"]
+_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+"""Of ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,7 @@ class Assignment:
     store_id: str
     """The activation store that is harvested, trained on, or evaluated against."""
     dictionary_id: str | None = None
-    """The dictionary that a train job publishes, or an evaluate job measures."""
+    """The dictionary that a train job publishes (the first, where it has variants), or an evaluate job measures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +53,21 @@ class Outcome:
     status: Literal["succeeded", "failed", "lost", "cancelled"]
     """"failed" is final (the job's own fault); "lost" is an infrastructure loss, and the job runs again."""
     result: Mapping[str, Any] = field(default_factory=dict)
-    """A HarvestResult, TrainResult or EvaluateResult as JSON, and beside it `record`: the fields of the
-    ActivationStore or Dictionary resource that the job made."""
+    """A HarvestResult, TrainResult or EvaluateResult as JSON, and beside it what the job made: of a harvest `record`,
+    the fields of the ActivationStore; of a training `records`, those of each Dictionary, in the order of variants."""
     code: str = ""
     message: str = ""
+
+
+def dictionary_ids(first: str, n: int) -> tuple[str, ...]:
+    """Ids of the n dictionaries of a job: the one that it was given, and others that follow from it."""
+    return (first, *(f"dict_{_digits(f'{first}/{index}')}" for index in range(1, n)))
+
+
+def _digits(text: str) -> str:
+    """26 characters that stand for a text."""
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=17).digest())
+    return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -5, -5))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

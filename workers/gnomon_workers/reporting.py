@@ -40,9 +40,9 @@ class Reporter:
         with self._lock:
             self._reports.append(Report(seq=len(self._reports) + 1, kind=kind, data=data))
 
-    def phase(self, name: str, *, total: int | None, unit: str) -> None:
-        """Enter a phase: "harvest", "train", "evaluate" or "export"."""
-        self._phase = {"phase": name, "total": total, "unit": unit}
+    def phase(self, name: str, *, total: int | None, unit: str, variant: str = "") -> None:
+        """Enter a phase: "harvest", "train", "evaluate" or "export"; the last two may be of one variant of several."""
+        self._phase = {"phase": name, "total": total, "unit": unit, **({"variant": variant} if variant else {})}
         self._phase_began = time.monotonic()
         self._progress_due = 0.0
         self.report("phase", **self._phase)

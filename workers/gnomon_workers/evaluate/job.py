@@ -16,6 +16,7 @@ from gnomon.specs import EvaluateSpec, Evaluation
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_metrics, total
+from gnomon_workers.evaluate.patching import Hooks
 from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker, load_dictionary
 from gnomon_workers.export import published
 from gnomon_workers.gang import Gang
@@ -41,38 +42,40 @@ def run_evaluate(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any
     if record is None:
         raise NotFound(f"no published dictionary {spec.dictionary!r} at {place.url}", code="dictionary_not_found")
     folder = Location.open(record["location"])
-    measured = run_evaluation(assignment, reporter, folder, spec.evaluation, record["hook_name"])
+    measured = run_evaluation(assignment, reporter, folder, spec.evaluation)
     dictionary = load_dictionary(folder)
-    metrics = {
-        **measured.metrics,
-        "alignment": alignment_metrics(dictionary.W_enc, dictionary.W_dec),
-        "tokens_per_s": {"evaluate": measured.tokens_per_s},
-    }
+    metrics = {**measured.metrics, "tokens_per_s": {"evaluate": measured.tokens_per_s}}
+    if not dictionary.cfg.is_transcoder:
+        metrics["alignment"] = alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
     return EvaluateResult(dictionary_id=spec.dictionary, metrics=metrics).model_dump(mode="json")
 
 
 def run_evaluation(
-    assignment: Assignment, reporter: Reporter, folder: Location, evaluation: Evaluation, hook_name: str
+    assignment: Assignment, reporter: Reporter, folder: Location, evaluation: Evaluation, *, variant: str = ""
 ) -> Measured:
-    """Measure the dictionary in a folder on the held-out part of the assignment's store."""
+    """Measure the dictionary in a folder on the held-out part of the assignment's store.
+
+    Reports name the variant, where the dictionary is one of several that the job makes.
+    """
     store = ActivationStore.open(Location.open(assignment.storage_root).child("activations", assignment.store_id))
     has_logits = store.manifest.model.get("kind_of_model", "causal") == "causal"
     n_workers = _n_workers()
+    config = load_dictionary(folder).cfg
     task = EvaluateTask(
         store=store.location.url,
         dictionary=folder.url,
-        hook_name=hook_name,
+        hooks=Hooks(read=config.hooks_read, written=config.hooks_written),
         evaluation=evaluation,
         has_logits=has_logits,
         input_roots=assignment.input_roots,
         n_workers=n_workers,
     )
     n_tokens = _n_tokens(store, evaluation, has_logits=has_logits)
-    reporter.phase("evaluate", total=n_tokens, unit="tokens")
+    reporter.phase("evaluate", total=n_tokens, unit="tokens", variant=variant)
     began = time.monotonic()
     core, patch = _gather(task, reporter, began)
     reporter.progress(n_tokens)
-    metrics = core.result(k=load_dictionary(folder).cfg.k)
+    metrics = core.result(k=config.k, hooks=config.hooks)
     metrics |= _ce_metrics(patch, evaluation, has_logits=has_logits)
     return Measured(
         metrics=metrics,

@@ -12,7 +12,7 @@ With x an activation, x_hat its reconstruction, and sums over all held-out activ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -21,6 +21,8 @@ from torch import Tensor
 
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 _RARE = 1e-4
+_BLOCK = 4096
+"""Features whose weights are looked at together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,9 @@ class CoreSums:
     x: Tensor
     """(d_in,) sum of the activations."""
     x_squared: Tensor
+    """(d_in,)"""
     residual_squared: Tensor
+    """(d_in,)"""
     reconstruction_squared: Tensor
     x_dot_reconstruction: Tensor
     cosine: Tensor
@@ -54,8 +58,8 @@ class CoreSums:
         return cls(
             n_rows=torch.tensor(len(x)),
             x=wide.sum(0),
-            x_squared=norm.square().sum(),
-            residual_squared=(wide - hat).square().sum(),
+            x_squared=wide.square().sum(0),
+            residual_squared=(wide - hat).square().sum(0),
             reconstruction_squared=norm_hat.square().sum(),
             x_dot_reconstruction=dot.sum(),
             cosine=(dot / (norm * norm_hat).clamp_min(tiny)).sum(),
@@ -73,18 +77,21 @@ class CoreSums:
         """(d_sae,) share of the activations on which each feature fires."""
         return self.n_fired.double() / self.n_rows
 
-    def result(self, *, k: int | None) -> dict[str, Any]:
-        """The metrics; k is the sparsity that training aimed at, for the calibration of thresholds."""
+    def result(self, *, k: int | None, hooks: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The metrics; k is the sparsity that training aimed at, for the calibration of thresholds.
+
+        hooks are the joined hooks of a crosscoder with their widths: each has an FVU of its own besides.
+        """
         n = int(self.n_rows)
-        variance = float(self.x_squared - self.x.square().sum() / n)
-        fvu = float(self.residual_squared) / variance
+        variance = self.x_squared - self.x.square() / n
+        fvu = float(self.residual_squared.sum() / variance.sum())
         l0 = int(self.n_active) / n
         n_never = int((self.n_fired == 0).sum())
         metrics: dict[str, Any] = {
             "n_tokens": n,
             "fvu": fvu,
             "explained_variance": 1 - fvu,
-            "mse": float(self.residual_squared) / (n * len(self.x)),
+            "mse": float(self.residual_squared.sum()) / (n * len(self.x)),
             "cosine": float(self.cosine) / n,
             "l2_ratio": float(self.l2_ratio) / n,
             "relative_reconstruction_bias": float(self.reconstruction_squared / self.x_dot_reconstruction),
@@ -97,6 +104,10 @@ class CoreSums:
         }
         if k is not None:
             metrics["l0_over_k"] = l0 / k
+        if hooks is not None:
+            residuals, totals = (torch.split(v, list(hooks.values())) for v in (self.residual_squared, variance))
+            parts = zip(hooks, residuals, totals, strict=True)
+            metrics["fvu_by_hook"] = {name: float(residual.sum() / whole.sum()) for name, residual, whole in parts}
         return metrics
 
 
@@ -139,9 +150,15 @@ class PatchSums:
 
 
 def alignment_metrics(W_enc: Tensor, W_dec: Tensor) -> dict[str, Any]:
-    """Alignment scores <w, d> of W_enc (d_in, d_sae) and W_dec (d_sae, d_in), from the weights alone."""
-    w, d = W_enc.t().double(), W_dec.double()
-    scores = (w * d).sum(1)
+    """Alignment scores <w, d> of W_enc (d_in, d_sae) and W_dec (d_sae, d_in), from the weights alone.
+
+    In float64, a block of features at a time: whole, that would take three times the memory of the weights.
+    """
+    parts = []
+    for start in range(0, len(W_dec), _BLOCK):
+        w, d = W_enc[:, start : start + _BLOCK].t().double(), W_dec[start : start + _BLOCK].double()
+        parts.append(torch.stack([(w * d).sum(1), w.norm(dim=1), d.norm(dim=1)]))
+    scores, encoder_norms, decoder_norms = torch.cat(parts, dim=1)
     quantiles = torch.quantile(scores[: 1 << 24], torch.tensor(list(_QUANTILES.values()), dtype=torch.float64))
     counts, edges = torch.histogram(scores.cpu(), 40)
     return {
@@ -152,8 +169,8 @@ def alignment_metrics(W_enc: Tensor, W_dec: Tensor) -> dict[str, Any]:
         "fraction_below_half": float((scores < 0.5).double().mean()),
         "max_deviation": float((scores - 1).abs().max()),
         "sarle_coefficient": sarle_coefficient(scores),
-        "mean_cosine": float((scores / (w.norm(dim=1) * d.norm(dim=1)).clamp_min(1e-300)).mean()),
-        "mean_encoder_norm": float(w.norm(dim=1).mean()),
+        "mean_cosine": float((scores / (encoder_norms * decoder_norms).clamp_min(1e-300)).mean()),
+        "mean_encoder_norm": float(encoder_norms.mean()),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
 

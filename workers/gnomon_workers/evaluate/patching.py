@@ -4,7 +4,7 @@ The hook's output is replaced at the tokens that a harvest stores. Tokens it dro
 tokens) keep their activation in every run: the dictionary never saw them. "Ablated" is zero in their place.
 
 Layers up to the hooked one run once: for the patched runs they pass their input on, and the hooked layer returns
-what is patched in. A hook inside a layer has the whole model run each time.
+what is patched in. A hook inside a layer, or several hooks at once, have the whole model run each time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Self
 from unittest.mock import patch
 
 import torch
@@ -25,27 +27,43 @@ _LAYER: Final = re.compile(r"^(.*)\.(\d+)$")
 Reconstruct = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """Modules whose outputs a dictionary reads, and those whose outputs it replaces."""
+
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+
+    @classmethod
+    def one(cls, name: str) -> Self:
+        """A dictionary that reconstructs what it reads."""
+        return cls(read=(name,), written=(name,))
+
+
 @torch.inference_mode()
 def patch_sums(
-    model: nn.Module, hook_name: str, contexts: Tensor, is_stored: Tensor, reconstruct: Reconstruct
+    model: nn.Module,
+    hooks: Hooks,
+    contexts: Tensor,
+    is_stored: Tensor,
+    reconstruct: Reconstruct,
 ) -> PatchSums:
     """Sums over the next-token predictions of contexts (n, length); -1 is padding.
 
-    is_stored (n, length) tells which activations the dictionary replaces; reconstruct maps (m, d_in) to (m, d_in).
+    is_stored (n, length) tells which activations the dictionary replaces; reconstruct maps those of the hooks that are
+    read, joined, (m, d_in), to those of the hooks that are written, joined, (m, d_out).
     """
-    original, output = _logits_and_output(model, hook_name, contexts)
-    activation = first_of(output)
-    patched = activation.clone()
-    patched[is_stored] = reconstruct(activation[is_stored].float()).to(activation.dtype)
-    ablated = activation.masked_fill(is_stored[..., None], 0)
+    logits, outputs = _logits_and_outputs(model, {*hooks.read, *hooks.written}, contexts)
+    activations = {name: first_of(output) for name, output in outputs.items()}
+    patched = _patched(activations, hooks, is_stored, reconstruct)
+    ablated = {name: activations[name].masked_fill(is_stored[..., None], 0) for name in hooks.written}
     targets = contexts[:, 1:]
     counts = targets >= 0
-    base = log_softmax(original[:, :-1].float(), dim=-1)[counts]
+    base = log_softmax(logits[:, :-1].float(), dim=-1)[counts]
     ids = targets[counts][:, None]
     ce, kl = {}, {}
-    for name, value in (("patched", patched), ("ablated", ablated)):
-        logits = _logits_with(model, hook_name, contexts, value, is_tuple=not isinstance(output, Tensor))
-        log_p = log_softmax(logits[:, :-1].float(), dim=-1)[counts]
+    for name, values in (("patched", patched), ("ablated", ablated)):
+        log_p = log_softmax(_logits_with(model, contexts, values, outputs)[:, :-1].float(), dim=-1)[counts]
         ce[name] = -float(log_p.gather(1, ids).sum(dtype=torch.float64))
         kl[name] = float((base.exp() * (base - log_p)).sum(1).sum(dtype=torch.float64))
     return PatchSums(
@@ -58,25 +76,46 @@ def patch_sums(
     )
 
 
-def _logits_and_output(model: nn.Module, hook_name: str, contexts: Tensor) -> tuple[Tensor, Any]:
-    seen: list[Any] = []
+def _patched(
+    activations: dict[str, Tensor], hooks: Hooks, is_stored: Tensor, reconstruct: Reconstruct
+) -> dict[str, Tensor]:
+    """The activations of the hooks that are written, with reconstructions in their place."""
+    joined = torch.cat([activations[name][is_stored].float() for name in hooks.read], dim=1)
+    widths = [activations[name].shape[-1] for name in hooks.written]
+    patched = {}
+    for name, part in zip(hooks.written, torch.split(reconstruct(joined), widths, dim=1), strict=True):
+        patched[name] = activations[name].clone()
+        patched[name][is_stored] = part.to(patched[name].dtype)
+    return patched
 
-    def capture(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(output)
 
-    with _hooked(model.get_submodule(hook_name), capture):
-        logits = _logits(model, contexts)
-    return logits, seen[0]
+def _logits_and_outputs(model: nn.Module, names: set[str], contexts: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    seen: dict[str, Any] = {}
 
-
-def _logits_with(model: nn.Module, hook_name: str, contexts: Tensor, value: Tensor, *, is_tuple: bool) -> Tensor:
-    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (value, *output[1:]) if is_tuple else value
+    def capture(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        seen[name] = output
 
     with ExitStack() as stack:
-        for layer in layers_up_to(model, hook_name):
-            stack.enter_context(_passing_on(layer, is_tuple=is_tuple))
-        stack.enter_context(_hooked(model.get_submodule(hook_name), replace))
+        for name in names:
+            stack.enter_context(_hooked(model.get_submodule(name), partial(capture, name)))
+        logits = _logits(model, contexts)
+    return logits, seen
+
+
+def _logits_with(model: nn.Module, contexts: Tensor, values: dict[str, Tensor], outputs: dict[str, Any]) -> Tensor:
+    """Logits with the outputs of some modules replaced; `outputs` shows what form each has."""
+
+    def replace(name: str, _module: nn.Module, _args: Any, output: Any) -> Any:
+        return values[name] if isinstance(outputs[name], Tensor) else (values[name], *output[1:])
+
+    with ExitStack() as stack:
+        if len(values) == 1:
+            # below a whole layer that is replaced, nothing matters
+            (only,) = values
+            for layer in layers_up_to(model, only):
+                stack.enter_context(_passing_on(layer, is_tuple=not isinstance(outputs[only], Tensor)))
+        for name in values:
+            stack.enter_context(_hooked(model.get_submodule(name), partial(replace, name)))
         return _logits(model, contexts)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from gnomon.dictionary import Dictionary, load_folder
 from gnomon.specs import Evaluation, HarvestSpec
 from gnomon_storage.activations import ActivationStore
-from gnomon_storage.arrays import Array
 from gnomon_storage.location import Location
+from gnomon_storage.manifest import SegmentInfo
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, total
-from gnomon_workers.evaluate.patching import patch_sums
+from gnomon_workers.evaluate.patching import Hooks, patch_sums
 from gnomon_workers.harvest.model import load_model
 
 _MAX_ELEMENTS = 1 << 24
@@ -33,7 +33,7 @@ class EvaluateTask:
     """URL of the activation store."""
     dictionary: str
     """URL of the dictionary's folder."""
-    hook_name: str
+    hooks: Hooks
     evaluation: Evaluation
     has_logits: bool
     """Whether the model predicts tokens; encoders do not, and have no cross-entropy."""
@@ -72,7 +72,7 @@ class EvaluateWorker:
         sums = []
         for contexts, is_stored in context_share(store, task, self._index, spec.batch_contexts):
             reconstruct: Callable[[Tensor], Tensor] = dictionary.forward
-            sums.append(patch_sums(model, task.hook_name, contexts.to(device), is_stored.to(device), reconstruct))
+            sums.append(patch_sums(model, task.hooks, contexts.to(device), is_stored.to(device), reconstruct))
             self._advance(contexts.numel())
         result: PatchSums | None = total(sums)
         return result
@@ -98,24 +98,32 @@ def core_sums(
     """Core sums over every n-th block of the held-out activations."""
     block = max(1, min(4096, _MAX_ELEMENTS // dictionary.W_enc.shape[1]))
     sums = None
-    for number, rows in enumerate(_blocks(store, task.hook_name, block, task.evaluation.n_tokens)):
+    for number, rows in enumerate(_blocks(store, block, task.evaluation.n_tokens)):
         if number % task.n_workers == index:
-            x = torch.from_numpy(rows()).to(dictionary.device)
+            x = rows(task.hooks.read).to(dictionary.device)
+            target = x if task.hooks.written == task.hooks.read else rows(task.hooks.written).to(dictionary.device)
             acts = dictionary.encode(x)
-            part = CoreSums.of(x, acts, dictionary.decode(acts))
+            part = CoreSums.of(target, acts, dictionary.decode(acts))
             sums = part if sums is None else sums + part
             advance(len(x))
     return sums
 
 
-def _blocks(store: ActivationStore, hook_name: str, block: int, n_tokens: int) -> Iterator[Callable[[], Array]]:
-    """Readers of blocks of held-out rows, n_tokens rows in all."""
+def _blocks(store: ActivationStore, block: int, n_tokens: int) -> Iterator[Callable[[tuple[str, ...]], Tensor]]:
+    """Readers of blocks of held-out rows of the hooks they are given, joined; n_tokens rows in all."""
     for segment in store.manifest.split("held_out"):
         n_rows = min(segment.n_rows, n_tokens)
         n_tokens -= n_rows
         for start in range(0, n_rows, block):
             stop = min(start + block, n_rows)
-            yield partial(store.read_rows, hook_name, segment, start, stop)
+            yield partial(_read_joined, store, segment, start, stop)
+
+
+def _read_joined(
+    store: ActivationStore, segment: SegmentInfo, start: int, stop: int, hook_names: tuple[str, ...]
+) -> Tensor:
+    parts = [torch.from_numpy(store.read_rows(name, segment, start, stop)) for name in hook_names]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def context_share(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gnomon_workers.parallel.clock import StepClock
 
 Axis = Literal["dp", "features", "world"]
 
@@ -25,6 +29,9 @@ class ProcessMesh:
     features: int = 1
     rank: int = 0
     groups: dict[Axis, dist.ProcessGroup]
+    clock: StepClock = field(default_factory=StepClock, compare=False)
+    sent_bytes: Counter[Axis] = field(default_factory=Counter, compare=False)
+    """What this rank has handed to collectives, by axis."""
 
     @classmethod
     def single(cls) -> Self:
@@ -78,26 +85,55 @@ class ProcessMesh:
     def all_reduce(self, tensor: Tensor, axis: Axis) -> Tensor:
         """Sum over an axis, in place."""
         if self.size(axis) > 1:
-            dist.all_reduce(tensor, group=self.groups[axis])
+            self._count(tensor, axis)
+            with self.clock.section("communication"):
+                dist.all_reduce(tensor, group=self.groups[axis])
         return tensor
 
     def all_gather(self, tensor: Tensor, axis: Axis) -> list[Tensor]:
         """The tensor of every rank along an axis, in rank order; shapes must agree."""
+        return self.start_all_gather(tensor, axis)()
+
+    def start_all_gather(self, tensor: Tensor, axis: Axis) -> Callable[[], list[Tensor]]:
+        """Begin an all_gather, and return what waits for it and gives its result; the tensor must not change before."""
         if self.size(axis) == 1:
-            return [tensor]
+            return lambda: [tensor]
+        self._count(tensor, axis)
+        tensor = tensor.contiguous()
         gathered = [torch.empty_like(tensor) for _ in range(self.size(axis))]
-        dist.all_gather(gathered, tensor.contiguous(), group=self.groups[axis])
+        work = dist.all_gather(gathered, tensor, group=self.groups[axis], async_op=True)
+
+        def finish() -> list[Tensor]:
+            with self.clock.section("communication"):
+                work.wait()
+            return gathered
+
+        return finish
+
+    def _count(self, tensor: Tensor, axis: Axis) -> None:
+        self.sent_bytes[axis] += tensor.numel() * tensor.element_size()
+
+    def all_gather_ragged(self, tensors: Sequence[Tensor], axis: Axis) -> list[list[Tensor]]:
+        """As all_gather, for each of several tensors (n, ...) of the same n, which may differ between ranks."""
+        if self.size(axis) == 1:
+            return [[tensor] for tensor in tensors]
+        n = len(tensors[0])
+        count = torch.tensor([n], device=tensors[0].device)
+        lengths: list[int] = torch.cat(self.all_gather(count, axis)).tolist()
+        gathered: list[list[Tensor]] = []
+        for tensor in tensors:
+            padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+            padded[:n] = tensor
+            gathered.append([part[:m] for part, m in zip(self.all_gather(padded, axis), lengths, strict=True)])
         return gathered
 
-    def all_gather_ragged(self, tensor: Tensor, axis: Axis) -> list[Tensor]:
-        """As all_gather for tensors of shape (n, ...) whose n differs between ranks."""
-        if self.size(axis) == 1:
-            return [tensor]
-        length = torch.tensor([len(tensor)], device=tensor.device)
-        lengths = [int(n) for n in torch.cat(self.all_gather(length, axis)).tolist()]
-        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
-        return [part[:n] for part, n in zip(self.all_gather(padded, axis), lengths, strict=True)]
+    def broadcast(self, tensor: Tensor, replica: int) -> None:
+        """Overwrite the tensor with that of one replica of this shard."""
+        if self.dp > 1:
+            if replica == self.replica:
+                self._count(tensor, "dp")
+            with self.clock.section("communication"):
+                dist.broadcast(tensor, src=replica * self.features + self.shard, group=self.groups["dp"])
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from gnomon.errors import GnomonError
@@ -121,6 +122,16 @@ RULES: Final[dict[Alignment, AlignmentRule]] = {
 }
 
 
+_SCORED_ROWS: Final = 4096
+
+
 def alignment_scores(w: Tensor, d: Tensor) -> Tensor:
-    """<w, d> of every feature, (rows,), summed in float64 so that the score is better than the weights."""
-    return (w.double() * d.double()).sum(1)
+    """<w, d> of every feature, (rows,), summed in float64 so that the score is better than the weights.
+
+    A block of rows at a time: all at once would take as much memory as the optimizer's state.
+    """
+    scores = w.new_empty(len(w), dtype=torch.float64)
+    for start in range(0, len(w), _SCORED_ROWS):
+        rows = slice(start, start + _SCORED_ROWS)
+        scores[rows] = (w[rows].double() * d[rows].double()).sum(1)
+    return scores

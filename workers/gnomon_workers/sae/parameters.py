@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,13 +22,15 @@ class Parameters:
     W_enc_rows: Tensor
     """(n_local, d_in); the same tensor as W_dec where encoder and decoder are tied."""
     W_dec: Tensor
-    """(n_local, d_in), rows of norm 1."""
+    """(n_local, d_out), rows of norm 1; d_out is d_in but for transcoders."""
     b_enc: Tensor
     """(n_local,)"""
     b_dec: Tensor
-    """(d_in,)"""
+    """(d_out,)"""
     start: int
     """Global index of the first feature of this shard."""
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """(n_local,) each, by name: what a variant trains besides, e.g. thresholds."""
 
     @property
     def W_enc(self) -> Tensor:
@@ -47,6 +50,7 @@ class Parameters:
     def tensors(self) -> dict[str, Tensor]:
         """The distinct trained tensors by name, in a fixed order."""
         named = {"W_enc_rows": self.W_enc_rows, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        named |= self.vectors
         if self.is_tied:
             del named["W_enc_rows"]
         return named
@@ -60,17 +64,28 @@ def make_parameters(
     stop: int,
     b_dec: Tensor,
     tied: bool,
+    vectors: Mapping[str, float] | None = None,
+    is_transcoder: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Parameters:
     """Initialise features [start, stop): random unit decoder, encoder equal to it (score 1 for everyone), b_enc 0.
 
-    No rank ever holds more than its own features. b_dec is (d_in,), from a first sample of the data.
+    No rank ever holds more than its own features. b_dec is (d_out,), from a first sample of the data; vectors gives
+    the value that each starts from. The encoder of a transcoder reads another space, and is a draw of its own.
     """
-    W_dec = random_unit_rows(seed, "init", start, stop, d_in).to(device=b_dec.device, dtype=dtype)
+    W_dec = random_unit_rows(seed, "init", start, stop, len(b_dec)).to(device=b_dec.device, dtype=dtype)
+    if is_transcoder:
+        W_enc_rows = random_unit_rows(seed, "init_encoder", start, stop, d_in).to(device=b_dec.device, dtype=dtype)
+    else:
+        W_enc_rows = W_dec if tied else W_dec.clone()
     return Parameters(
-        W_enc_rows=W_dec if tied else W_dec.clone(),
+        W_enc_rows=W_enc_rows,
         W_dec=W_dec,
         b_enc=torch.zeros(stop - start, device=b_dec.device, dtype=dtype),
         b_dec=b_dec.to(dtype).clone(),
         start=start,
+        vectors={
+            name: torch.full((stop - start,), value, device=b_dec.device, dtype=dtype)
+            for name, value in (vectors or {}).items()
+        },
     )

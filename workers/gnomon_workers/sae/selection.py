@@ -1,51 +1,129 @@
-"""Exact selection of the largest activations, with ties broken towards the lowest index."""
+"""Exact selection of the largest activations, with ties broken towards the lowest index.
+
+Of n activations a token keeps k, a few in a thousand. Rows are therefore cut into groups, and one scan takes the
+maximum of each: the k-th largest maximum is a lower bound of the k-th largest activation, so that only groups whose
+maximum reaches it can hold a pick. What reaches the bound is a handful more than k entries a row, and the exact cut,
+ties included, is made among those.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 import torch
 from torch import Tensor
 
-GROUP: Final = 32
-"""Width of a group whose maximum is taken before selecting."""
+from gnomon_workers.sae.arrays import kth_largest, offsets_of, take, true_indices
+from gnomon_workers.sae.sparse import Picks
+
+WIDTHS: Final = (32, 16, 8)
+"""Entries in a group: the first that leaves at least GROUPS_PER_PICK groups for each of the k picks."""
+GROUPS_PER_PICK: Final = 2
+"""With r picks a group, a row of independent entries has k (-ln(1 - r) / r) candidates: 1.4 k at a half."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Entries of a matrix by ascending (row, column)."""
+
+    tokens: Tensor
+    """(n,) int64 row."""
+    features: Tensor
+    """(n,) int64 column."""
+    values: Tensor
+    """(n,)"""
+
+    def where(self, mask: Tensor) -> Self:
+        """The entries at which the (n,) mask is true."""
+        return type(self)(tokens=self.tokens[mask], features=self.features[mask], values=self.values[mask])
+
+    def picks(self, n_tokens: int) -> Picks:
+        """The same as rows of picks."""
+        offsets = offsets_of(torch.bincount(self.tokens, minlength=n_tokens))
+        return Picks(features=self.features, values=self.values, offsets=offsets, tokens=self.tokens)
+
+    def padded(self, n_tokens: int, width: int, fill: float) -> tuple[Tensor, Tensor]:
+        """(n_tokens, width) values by ascending column, filled up at the end, and the (n,) flat place of each entry."""
+        starts = offsets_of(torch.bincount(self.tokens, minlength=n_tokens))
+        place = torch.arange(len(self.values), device=self.values.device) - starts[self.tokens] + self.tokens * width
+        rows = self.values.new_full((n_tokens, width), fill)
+        rows.view(-1)[place] = self.values
+        return rows, place
+
+
+class GroupedRows:
+    """A matrix of activations and the maxima of its groups: what reaches a bound is found without reading it again."""
+
+    def __init__(self, values: Tensor, k: int, *, above: float = 0.0) -> None:
+        """values is (tokens, n); k of a row are wanted, of those > `above`, which is 0 or -inf."""
+        self.values = values
+        finfo = torch.finfo(values.dtype)
+        self._floor = finfo.tiny if above == 0 else finfo.min
+        n = values.shape[1]
+        self.width = next((w for w in WIDTHS if n % w == 0 and n // w >= GROUPS_PER_PICK * k), 1)
+        self.maxima = self._maxima()
+        """(tokens, n / width); below the floor only some number below the floor."""
+
+    def _maxima(self) -> Tensor:
+        if self.width == 1:
+            return self.values
+        grouped = self.values.view(len(self.values), -1, self.width)
+        if self.values.dtype == torch.bfloat16 and self._floor > 0 and self.values.device.type == "cpu":
+            # Positive floats are ordered as integers are, and a maximum of neighbours is vectorised for those only.
+            return grouped.view(torch.int16).amax(2).view(torch.bfloat16)
+        return grouped.amax(2)
+
+    def reaching(self, bounds: Tensor) -> Candidates:
+        """Entries >= the bound of their row, (tokens, 1), and above the floor."""
+        bounds = bounds.clamp_min(self._floor).to(self.values.dtype)
+        groups = true_indices(self.maxima >= bounds)
+        if self.width == 1:
+            n = self.values.shape[1]
+            return Candidates(tokens=groups // n, features=groups % n, values=take(self.values.view(-1), groups))
+        n_groups = self.maxima.shape[1]
+        tokens = groups // n_groups
+        entries = take(self.values.view(-1, self.width), groups)
+        found = true_indices(entries >= bounds[tokens])
+        where = found // self.width
+        tokens = tokens[where]
+        return Candidates(
+            tokens=tokens,
+            features=(groups[where] - tokens * n_groups) * self.width + found % self.width,
+            values=take(entries.view(-1), found),
+        )
+
+
+def local_topk(grouped: GroupedRows, k: int) -> Candidates:
+    """The k largest entries of every row that are above the floor: equal to a stable descending sort cut at k."""
+    n_tokens, n = grouped.values.shape
+    if k >= n:
+        return grouped.reaching(grouped.maxima.new_full((n_tokens, 1), -torch.inf))
+    candidates = grouped.reaching(kth_largest(grouped.maxima, k))
+    counts = torch.bincount(candidates.tokens, minlength=n_tokens)
+    is_crowded = counts > k
+    rows = is_crowded.nonzero().squeeze(1)
+    if not len(rows):
+        return candidates
+    crowded = is_crowded[candidates.tokens]
+    number = is_crowded.cumsum(0) - 1
+    excess = candidates.where(crowded)
+    excess = Candidates(tokens=number[excess.tokens], features=excess.features, values=excess.values)
+    padded, place = excess.padded(len(rows), int(counts.max()), -torch.inf)
+    keep = ~crowded
+    keep[crowded] = keep_largest(padded, k).view(-1)[place]
+    return candidates.where(keep)
 
 
 def topk_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of every row: (values, indices), each (rows, k), by ascending index.
-
-    Ties go to the lowest index wherever the k-th value is positive; among values <= 0, which a ReLU makes zero
-    anyway, any may be returned. Equal to a stable descending sort cut at k.
-    """
-    n = values.shape[1]
-    if k >= n:
-        indices = torch.arange(n, device=values.device).expand(values.shape[0], n)
-        return values, indices
-    if n % GROUP or n // GROUP < 4 * k:
-        top, indices = values.topk(k + 1, dim=1)
-        tied = top[:, k - 1] == top[:, k]
-    else:
-        top, indices, tied = _topk_through_groups(values, k)
-    indices, top = indices[:, :k], top[:, :k]
-    rows = (tied & (top[:, k - 1] > 0)).nonzero().squeeze(1)
-    if len(rows):
-        # topk promises nothing about equal values; a stable sort does. Rare in float32.
-        indices[rows] = values[rows].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    indices = indices.sort(dim=1).values
-    return values.gather(1, indices), indices
+    """The k largest of every row of finite values: (values, indices), each (rows, k), by ascending index."""
+    k = min(k, values.shape[1])
+    found = local_topk(GroupedRows(values, k, above=-torch.inf), k)
+    return found.values.view(-1, k), found.features.view(-1, k)
 
 
-def _topk_through_groups(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top k + 1 of rows by first selecting the k groups with the largest maxima: one scan, then a small top-k.
-
-    The k-th largest group maximum is a lower bound of the k-th largest value, so no other group can hold a pick,
-    except by a tie with that bound, which is reported.
-    """
-    rows, n = values.shape
-    grouped = values.view(rows, n // GROUP, GROUP)
-    maxima, groups = grouped.amax(2).topk(k + 1, dim=1)
-    chosen = grouped.gather(1, groups[:, :k, None].expand(rows, k, GROUP)).view(rows, k * GROUP)
-    top, within = chosen.topk(k + 1, dim=1)
-    indices = groups.gather(1, within // GROUP) * GROUP + within % GROUP
-    tied = (top[:, k - 1] == top[:, k]) | (top[:, k - 1] == maxima[:, k])
-    return top, indices, tied
+def keep_largest(rows: Tensor, k: int) -> Tensor:
+    """Mask of the k largest entries of every row, ties to the first."""
+    cut = kth_largest(rows, k).to(rows.dtype)
+    larger, tied = rows > cut, rows == cut
+    return larger | (tied & (tied.cumsum(1) <= k - larger.sum(1, keepdim=True)))

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from gnomon_workers.sae.arrays import offsets_of, stable_order, take
+
 # Said once by every rank, and nothing a user could act on: the one CSR operation used here is tested.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
+DENSE_SHARE: Final = 0.1
+"""Above this share of active entries the dense product is the faster one: variants without a fixed number of active
+features begin with half of all."""
 _HAS_MKL = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 """The sampled product on CPU needs MKL; without it (on Arm) rows are gathered."""
 
@@ -30,6 +36,8 @@ class Picks:
     """(nnz,) activation."""
     offsets: Tensor
     """(tokens + 1,) int64: token t has the picks [offsets[t], offsets[t + 1])."""
+    tokens: Tensor | None = None
+    """(nnz,) int64, the token of every pick, where it is known already."""
 
     @property
     def n_tokens(self) -> int:
@@ -38,27 +46,20 @@ class Picks:
 
     def token_indices(self) -> Tensor:
         """(nnz,) the token of every pick."""
+        if self.tokens is not None:
+            return self.tokens
         tokens = torch.arange(self.n_tokens, device=self.offsets.device)
         return tokens.repeat_interleave(self.offsets.diff(), output_size=len(self.features))
 
 
-def picks_from_mask(features: Tensor, values: Tensor, mask: Tensor) -> Picks:
-    """Picks from padded rows: features, values and mask are (tokens, width); masked-out entries are left out."""
-    offsets = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
-    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
-    return Picks(features=features[mask], values=values[mask], offsets=offsets)
+def bag_sums(vectors: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Weighted sums of rows of `vectors`: result i is that of rows [offsets[i], offsets[i + 1])."""
+    return embedding_bag(rows, vectors, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def decode(picks: Picks, W_dec: Tensor) -> Tensor:
     """Sum of the picked decoder rows weighted by their activations, (tokens, d_in), without b_dec."""
-    return embedding_bag(
-        picks.features,
-        W_dec,
-        picks.offsets,
-        mode="sum",
-        per_sample_weights=picks.values,
-        include_last_offset=True,
-    )
+    return bag_sums(W_dec, picks.features, picks.values, picks.offsets)
 
 
 def activation_gradients(picks: Picks, residual_gradient: Tensor, W_dec: Tensor) -> Tensor:
@@ -66,11 +67,14 @@ def activation_gradients(picks: Picks, residual_gradient: Tensor, W_dec: Tensor)
 
     residual_gradient is (tokens, d_in).
     """
+    if len(picks.features) > DENSE_SHARE * picks.n_tokens * W_dec.shape[0]:
+        products = torch.mm(residual_gradient, W_dec.t()).view(-1)
+        return take(products, picks.token_indices() * W_dec.shape[0] + picks.features)
     if residual_gradient.device.type == "cpu" and not _HAS_MKL:
         return (residual_gradient[picks.token_indices()] * W_dec[picks.features]).sum(1)
     shape = (picks.n_tokens, W_dec.shape[0])
     pattern = torch.sparse_csr_tensor(
-        picks.offsets, picks.features, torch.zeros_like(picks.values), shape, check_invariants=False
+        picks.offsets, picks.features, W_dec.new_zeros(len(picks.values)), shape, check_invariants=False
     )
     sampled: Tensor = torch.sparse.sampled_addmm(pattern, residual_gradient, W_dec.t(), beta=0.0)
     return sampled.values()
@@ -92,11 +96,9 @@ class FeatureSegments:
 
 def sort_by_feature(features: Tensor, tokens: Tensor) -> FeatureSegments:
     """Group picks by feature; picks of one feature stay in token order."""
-    ordered, order = features.sort(stable=True)
-    touched, counts = torch.unique_consecutive(ordered, return_counts=True)
-    offsets = torch.zeros(len(touched) + 1, dtype=torch.int64, device=features.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return FeatureSegments(order=order, tokens=tokens[order], touched=touched, offsets=offsets)
+    order = stable_order(features)
+    touched, counts = torch.unique_consecutive(take(features, order), return_counts=True)
+    return FeatureSegments(order=order, tokens=take(tokens, order), touched=touched, offsets=offsets_of(counts))
 
 
 def row_gradients(segments: FeatureSegments, weights: Tensor, vectors: Tensor) -> Tensor:
@@ -104,16 +106,9 @@ def row_gradients(segments: FeatureSegments, weights: Tensor, vectors: Tensor) -
 
     weights is (nnz,) in the order of the picks; vectors is (tokens, d_in).
     """
-    return embedding_bag(
-        segments.tokens,
-        vectors,
-        segments.offsets,
-        mode="sum",
-        per_sample_weights=weights[segments.order],
-        include_last_offset=True,
-    )
+    return bag_sums(vectors, segments.tokens, take(weights, segments.order), segments.offsets)
 
 
 def segment_sums(segments: FeatureSegments, weights: Tensor) -> Tensor:
     """For every touched feature the sum of the weights of its picks, (n_touched,)."""
-    return torch.segment_reduce(weights[segments.order], "sum", offsets=segments.offsets)
+    return torch.segment_reduce(take(weights, segments.order), "sum", offsets=segments.offsets)

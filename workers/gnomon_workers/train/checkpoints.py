@@ -1,10 +1,13 @@
 """Checkpoints: one safetensors file for each feature shard, and a manifest with digests, written last.
 
-    checkpoints/<job>/step-00000500.a0002/shard-0000-of-0002.safetensors ... manifest.json
+    checkpoints/<job>/step-00000500.a0002/
+      shard-0000-of-0002.safetensors ...     written by replica 0 of each shard
+      receipt-0000-of-0002.r0001.json ...    what each rank saw of its shard
+      manifest.json                          written last: without it the checkpoint does not exist
 
-Rows are features in global order, so any other number of shards reads slices. A checkpoint without a manifest does
-not exist; one whose digests do not match is passed over for the one before. The attempt is part of the name, so a
-stale attempt can overwrite nothing.
+Rows are features in global order, so any other number of shards reads slices. A checkpoint whose digests do not match
+is passed over for the one before. The attempt is part of the name, so a stale attempt can overwrite nothing.
+`saving.py` writes what is read here.
 """
 
 from __future__ import annotations
@@ -12,25 +15,24 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gnomon.errors import CorruptArtifact, GnomonError, NotFound
 from gnomon_storage.location import Location
-from gnomon_workers.train.metrics import max_alignment_deviation
+from gnomon_workers.failpoints import Failpoint, failpoint
+from gnomon_workers.train.optimizer import MATRICES, owned_rows
 from gnomon_workers.train.step import TrainStep
+from gnomon_workers.train.tensor_file import Rows, TensorReader, pieces
 
 FORMAT = "gnomon-checkpoint-1"
-N_KEPT = 2
-"""Checkpoints kept: the last, and the one before it in case the last is found damaged."""
-_NAME = re.compile(r"^step-(\d{8})\.a(\d{4})$")
+NAME = re.compile(r"^step-(\d{8})\.a(\d{4})$")
 _WHOLE = frozenset({"b_dec", "first.b_dec", "second.b_dec"})
 """Tensors that every shard holds whole."""
 
@@ -54,8 +56,10 @@ class Checkpoint:
     step: int
     """Optimizer steps made."""
     attempt: int
-    threshold: float
-    max_alignment_deviation: float
+    state: dict[str, float]
+    """Running numbers of the variant, e.g. BatchTopK's threshold."""
+    max_alignment_deviation: float | None
+    """None for a transcoder, whose score is undefined."""
     shards: tuple[Shard, ...]
 
     @property
@@ -63,9 +67,14 @@ class Checkpoint:
         """Name of its folder."""
         return f"step-{self.step:08d}.a{self.attempt:04d}"
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.n_bytes for shard in self.shards)
+
 
 def state_tensors(step: TrainStep) -> dict[str, Tensor]:
-    """Everything that training continues from, but the threshold and the step number."""
+    """Everything that training continues from, but the running numbers of the variant and the step number."""
     optimizer = step.optimizer
     state = dict(optimizer.params)
     state |= {f"first.{name}": moment for name, moment in optimizer.first.items()}
@@ -73,68 +82,76 @@ def state_tensors(step: TrainStep) -> dict[str, Tensor]:
     return state | {"n_tokens_since_fired": step.n_tokens_since_fired}
 
 
-def save_checkpoint(folder: Location, step: TrainStep, *, number: int, attempt: int) -> Checkpoint:
-    """Write the state after `number` steps; collective. Replica 0 writes, the others compare.
+def file_tensors(step: TrainStep) -> dict[str, Tensor | Rows]:
+    """state_tensors as the file of a shard has them: moments that replicas divide are joined while they are written."""
+    whole: dict[str, Tensor | Rows] = dict(state_tensors(step))
+    if len(step.optimizer.own) < step.parameters.n_local:
+        for name in filter(_is_shared, list(whole)):
+            whole[name] = _SharedRows(step, name)
+    return whole
 
-    Raises CorruptArtifact where a replica's state differs from replica 0's.
-    """
-    mesh = step.mesh
-    place = folder.child(f"step-{number:08d}.a{attempt:04d}")
-    file = f"shard-{mesh.shard:04d}-of-{mesh.features:04d}.safetensors"
-    with tempfile.TemporaryDirectory(prefix="gnomon-checkpoint-") as temp:
-        local = Path(temp) / file
-        save_file({name: tensor.contiguous() for name, tensor in state_tensors(step).items()}, local)
-        with local.open("rb") as stream:
-            digest = _digest(stream)
-        _check_replicas(step, digest)
-        if mesh.replica == 0:
-            place.child(file).upload(local)
-        n_bytes = local.stat().st_size
-    # This gather is also the barrier: it returns once every shard is written.
-    digests = [bytes(d.tolist()) for d in mesh.all_gather(_as_tensor(digest), "features")]
-    sizes = mesh.all_gather(torch.tensor([n_bytes]), "features")
-    n_local = step.parameters.n_local
-    shards = tuple(
-        Shard(
-            file=f"shard-{i:04d}-of-{mesh.features:04d}.safetensors",
-            start=i * n_local,
-            stop=(i + 1) * n_local,
-            n_bytes=int(size),
-            digest=d.hex(),
-        )
-        for i, (d, size) in enumerate(zip(digests, sizes, strict=True))
-    )
-    checkpoint = Checkpoint(
-        step=number,
-        attempt=attempt,
-        threshold=step.threshold,
-        max_alignment_deviation=max_alignment_deviation(step),
-        shards=shards,
-    )
-    if mesh.rank == 0:
-        place.child("manifest.json").write_json({"format": FORMAT, **asdict(checkpoint)})
-        _delete_older(folder, keep=N_KEPT)
-    mesh.barrier()
-    return checkpoint
+
+def _is_shared(name: str) -> bool:
+    """Whether replicas may divide a tensor's rows."""
+    moment, _, parameter = name.partition(".")
+    return moment in ("first", "second") and parameter in MATRICES
+
+
+class _SharedRows:
+    """A moment that replicas hold a part of each: every piece comes from its owner, and all replicas must ask."""
+
+    def __init__(self, step: TrainStep, name: str) -> None:
+        self._mesh, self._n_local = step.mesh, step.parameters.n_local
+        self._own = state_tensors(step)[name]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the whole."""
+        return torch.Size([self._n_local, *self._own.shape[1:]])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the part."""
+        return self._own.dtype
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Collective over replicas."""
+        for replica in range(self._mesh.dp):
+            n_rows = len(owned_rows(self._n_local, replica, self._mesh.dp))
+            is_mine = replica == self._mesh.replica
+            part = self._own if is_mine else self._own.new_empty(1, 1).expand(n_rows, self.shape[1])
+            for piece in pieces(part):
+                buffer = piece if is_mine else torch.empty_like(piece, memory_format=torch.contiguous_format)
+                self._mesh.broadcast(buffer, replica)
+                yield buffer
 
 
 def load_checkpoint(folder: Location, checkpoint: Checkpoint, step: TrainStep) -> None:
-    """Fill a step with a checkpoint's state; the checkpoint may have any number of shards."""
+    """Fill a step with a checkpoint's state; the checkpoint may have any number of shards.
+
+    Raises CorruptArtifact where the checkpoint is of another dictionary.
+    """
     start, stop = step.mesh.feature_range(step.plan.d_sae)
     target = state_tensors(step)
     for shard in checkpoint.shards:
-        lo, hi = max(start, shard.start), min(stop, shard.stop)
-        if lo < hi:
-            with open_shard(folder.child(checkpoint.name), shard) as tensors:
+        if max(start, shard.start) < min(stop, shard.stop):
+            with folder.child(checkpoint.name, shard.file).open_read() as stream:
+                source = TensorReader(stream)
                 for name, tensor in target.items():
-                    part = tensors.get_slice(name)
-                    if name in _WHOLE:
-                        tensor.copy_(part[:])
-                    else:
-                        tensor[lo - start : hi - start] = part[lo - shard.start : hi - shard.start]
-    for counter in step.optimizer.steps.values():
-        counter.fill_(checkpoint.step)
-    step.threshold = checkpoint.threshold
+                    _read(source, shard, name, tensor, start + (step.optimizer.own.start if _is_shared(name) else 0))
+                    failpoint(Failpoint.LOAD_CHECKPOINT)
+    step.optimizer.n_steps.fill_(checkpoint.step)
+    step.state = dict(checkpoint.state)
+
+
+def _read(source: TensorReader, shard: Shard, name: str, tensor: Tensor, first: int) -> None:
+    """Fill what a shard has of a tensor whose rows are features from `first` on."""
+    if name in _WHOLE:
+        source.read_rows(name, 0, tensor)
+        return
+    lo, hi = max(first, shard.start), min(first + len(tensor), shard.stop)
+    if lo < hi:
+        source.read_rows(name, lo - shard.start, tensor[lo - first : hi - first])
 
 
 class open_shard:  # noqa: N801 - used as a function
@@ -161,7 +178,7 @@ class open_shard:  # noqa: N801 - used as a function
 
 def committed_checkpoints(folder: Location) -> Iterator[Checkpoint]:
     """Checkpoints with a readable manifest, the latest first."""
-    found = [(int(m[1]), int(m[2]), m[0]) for m in map(_NAME.match, folder.list()) if m]
+    found = [(int(m[1]), int(m[2]), m[0]) for m in map(NAME.match, folder.list()) if m]
     for _, _, name in sorted(found, reverse=True):
         try:
             raw = folder.child(name, "manifest.json").read_json()
@@ -174,48 +191,57 @@ def committed_checkpoints(folder: Location) -> Iterator[Checkpoint]:
 
 def latest_checkpoint(folder: Location) -> tuple[Checkpoint | None, list[str]]:
     """The last whole checkpoint, every byte checked, and what was found damaged on the way to it."""
+    found, damaged = latest_common([folder])
+    return (found[0] if found else None), damaged
+
+
+def latest_common(folders: Sequence[Location]) -> tuple[tuple[Checkpoint, ...] | None, list[str]]:
+    """Whole checkpoints of one step, of each folder one: of the last step of which all folders have one.
+
+    Dictionaries that are trained together were last saved at the same step, unless the gang was lost in between.
+    """
     damaged: list[str] = []
-    for checkpoint in committed_checkpoints(folder):
-        try:
-            for shard in checkpoint.shards:
-                _verify(folder.child(checkpoint.name, shard.file), shard)
-        except GnomonError as error:
-            damaged.append(error.message)
-            continue
-        return checkpoint, damaged
+    by_step = [_by_step(folder) for folder in folders]
+    for step in sorted(set.intersection(*map(set, by_step)), reverse=True):
+        found: list[Checkpoint] = []
+        for folder, checkpoints in zip(folders, by_step, strict=True):
+            whole = next((c for c in checkpoints[step] if _is_whole(folder, c, damaged)), None)
+            if whole is None:
+                break
+            found.append(whole)
+        else:
+            return tuple(found), damaged
     return None, damaged
+
+
+def _by_step(folder: Location) -> dict[int, list[Checkpoint]]:
+    """Committed checkpoints by step, those of the latest attempt first."""
+    by_step: dict[int, list[Checkpoint]] = {}
+    for checkpoint in committed_checkpoints(folder):
+        by_step.setdefault(checkpoint.step, []).append(checkpoint)
+    return by_step
+
+
+def _is_whole(folder: Location, checkpoint: Checkpoint, damaged: list[str]) -> bool:
+    """Whether every byte is what was committed; if not, what is wrong is added to `damaged`."""
+    try:
+        for shard in checkpoint.shards:
+            _verify(folder.child(checkpoint.name, shard.file), shard)
+    except GnomonError as error:
+        damaged.append(error.message)
+        return False
+    return True
 
 
 def _verify(location: Location, shard: Shard) -> None:
     with location.open_read() as stream:
-        if _digest(stream).hex() != shard.digest:
+        if digest_of(stream) != shard.digest:
             raise CorruptArtifact(f"{location.url} is not what was committed (wanted digest {shard.digest[:16]}...)")
 
 
-def _delete_older(folder: Location, *, keep: int) -> None:
-    """Delete all but the last committed checkpoints; what was never committed stays until a later one is."""
-    names = [checkpoint.name for checkpoint in committed_checkpoints(folder)]
-    if len(names) > keep:
-        for name in (n for n in folder.list() if _NAME.match(n) and n < names[keep - 1]):
-            folder.child(name).delete()
-
-
-def _check_replicas(step: TrainStep, digest: bytes) -> None:
-    digests = step.mesh.all_gather(_as_tensor(digest), "dp")
-    differ = [i for i, other in enumerate(digests) if not torch.equal(other, digests[0])]
-    if differ:
-        raise CorruptArtifact(
-            f"replicas {differ} of shard {step.mesh.shard} differ from replica 0: a device computes wrongly, or "
-            "memory is damaged; the last checkpoint is intact"
-        )
-
-
-def _digest(stream: BinaryIO) -> bytes:
+def digest_of(stream: BinaryIO) -> str:
+    """BLAKE2b-256 of the rest of a stream, hexadecimal."""
     digest = hashlib.blake2b(digest_size=32)
     while block := stream.read(1 << 22):
         digest.update(block)
-    return digest.digest()
-
-
-def _as_tensor(digest: bytes) -> Tensor:
-    return torch.tensor(list(digest), dtype=torch.uint8)
+    return digest.hexdigest()

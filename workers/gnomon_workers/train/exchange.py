@@ -1,67 +1,92 @@
-"""Data parallelism by exchanging the batch instead of dense gradients.
+"""How replicas share what they have learnt: by exchanging the batch, or by summing dense gradients.
 
-Every gradient of W_enc and W_dec is a sum over (token, picked feature). Replicas of one shard therefore gather each
-other's tokens and picks, O(batch * (2 d_in + 3 k)) numbers, and each sums the whole batch in token order: replicas
-stay equal bit for bit, and equal to a run with one replica, while the encoder product stays divided.
+Every gradient of W_enc and W_dec is a sum over (token, picked feature). Replicas of one shard can therefore gather
+each other's tokens and picks, and each sums the whole batch in token order: replicas stay equal bit for bit, and
+equal to a run with one replica, while the encoder product stays divided. For a dictionary that is small against its
+batch, a sum over replicas of the dense gradients is less to send; it too leaves replicas equal, but rounds otherwise
+than a run with one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.sae.sparse import Picks
+from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.train.plan import TrainPlan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SparseGradient:
-    """All that the weight gradients of a shard are made of, for the tokens of one or of all replicas."""
+def exchanges_batch(plan: TrainPlan) -> bool:
+    """Whether replicas exchange the batch: as the plan says, or where that is less to receive.
 
-    features: Tensor
-    """(nnz,) feature of every pick, within the shard."""
-    tokens: Tensor
-    """(nnz,) token of every pick."""
-    values: Tensor
-    """(nnz,) activation."""
-    gradients: Tensor
-    """(nnz,) dL/d(activation)."""
-    encoder_inputs: Tensor
-    """(tokens, d_in): x - b_dec."""
-    residual_gradients: Tensor
-    """(tokens, d_in): dL/dx_hat."""
+    In a ring of dp replicas a rank receives (dp - 1) / dp of the batch, or twice that of the dense gradients.
+    """
+    if plan.gradient_exchange != "auto":
+        return plan.gradient_exchange == "batch"
+    n_local = plan.d_sae // plan.features
+    picks = plan.expected_l0 / plan.features
+    batch = plan.batch_size * (plan.d_in + plan.d_out * plan.n_rows + 4 * picks)
+    dense = 2 * n_local * (plan.d_in + plan.d_out)
+    return batch <= dense
 
 
-def local_gradient(
-    picks: Picks, gradients: Tensor, encoder_inputs: Tensor, residual_gradients: Tensor
-) -> SparseGradient:
-    """The sparse gradient of this replica's own tokens."""
-    return SparseGradient(
-        features=picks.features,
-        tokens=picks.token_indices(),
-        values=picks.values,
-        gradients=gradients,
-        encoder_inputs=encoder_inputs,
-        residual_gradients=residual_gradients,
-    )
+def start_inputs(encoder_inputs: Tensor, mesh: ProcessMesh) -> Callable[[], Tensor]:
+    """Begin to gather the batch's inputs, so that they travel while the encoder works; returns what waits for them."""
+    finish = mesh.start_all_gather(encoder_inputs, "dp")
+    return lambda: torch.cat(finish()) if mesh.dp > 1 else encoder_inputs
 
 
-def exchange(local: SparseGradient, mesh: ProcessMesh) -> SparseGradient:
+def exchange(local: SparseGradient, encoder_inputs: Callable[[], Tensor], mesh: ProcessMesh) -> SparseGradient:
     """The sparse gradient of the whole batch, in token order; the input itself where there is one replica."""
     if mesh.dp == 1:
         return local
-    n_tokens = len(local.encoder_inputs)
-    index = torch.stack([local.features, local.tokens + mesh.replica * n_tokens], dim=1)
-    weight = torch.stack([local.values, local.gradients], dim=1)
-    indices = torch.cat(mesh.all_gather_ragged(index, "dp"))
-    weights = torch.cat(mesh.all_gather_ragged(weight, "dp"))
-    return SparseGradient(
-        features=indices[:, 0].contiguous(),
-        tokens=indices[:, 1].contiguous(),
-        values=weights[:, 0].contiguous(),
-        gradients=weights[:, 1].contiguous(),
-        encoder_inputs=torch.cat(mesh.all_gather(local.encoder_inputs, "dp")),
+    names = sorted(local.vector_gradients)
+    columns = [local.values, local.gradients, *(local.vector_gradients[name] for name in names)]
+    # rows of a token lie together, so the replicas' rows follow each other as their tokens do
+    rows = local.rows + mesh.replica * len(local.residual_gradients)
+    index = torch.stack([local.features, rows], dim=1).int()
+    indices, gathered = (
+        torch.cat(parts).t() for parts in mesh.all_gather_ragged([index, torch.stack(columns, dim=1)], "dp")
+    )
+    features, rows = indices.long().contiguous()
+    gathered = gathered.contiguous()
+    return replace(
+        local,
+        features=features,
+        tokens=rows if local.n_rows == 1 else rows // local.n_rows,
+        rows=rows,
+        values=gathered[0],
+        gradients=gathered[1],
+        vector_gradients=dict(zip(names, gathered[2:], strict=True)),
+        encoder_inputs=encoder_inputs(),
         residual_gradients=torch.cat(mesh.all_gather(local.residual_gradients, "dp")),
     )
+
+
+def reduce_dense(gradients: RowGradients, n_local: int, mesh: ProcessMesh) -> RowGradients:
+    """The gradients of every feature, summed over replicas."""
+    features = torch.arange(n_local, device=gradients.touched.device)
+    is_tied = gradients.encoder is gradients.decoder
+    decoder = mesh.all_reduce(_dense(gradients.decoder, gradients.touched, n_local), "dp")
+    encoder = decoder if is_tied else mesh.all_reduce(_dense(gradients.encoder, gradients.touched, n_local), "dp")
+    vectors = {name: mesh.all_reduce(vector, "dp") for name, vector in gradients.vectors.items()}
+    through_encoder = mesh.all_reduce(gradients.through_encoder, "dp")
+    return RowGradients(
+        touched=features, encoder=encoder, decoder=decoder, vectors=vectors, through_encoder=through_encoder
+    )
+
+
+def fired_anywhere(fired: Tensor, n_local: int, mesh: ProcessMesh) -> Tensor:
+    """Features that fired on any replica."""
+    mask = torch.zeros(n_local, dtype=torch.int32, device=fired.device)
+    mask[fired] = 1
+    return mesh.all_reduce(mask, "dp").nonzero().squeeze(1)
+
+
+def _dense(rows: Tensor, touched: Tensor, n_local: int) -> Tensor:
+    return rows.new_zeros(n_local, rows.shape[1]).index_copy_(0, touched, rows)

@@ -3,63 +3,91 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
 
 import ray
 
-from gnomon.errors import GnomonError
-from gnomon.resources import TrainResult
+from gnomon.errors import from_problem
+from gnomon.resources import TrainedDictionary, TrainResult
+from gnomon_workers import failpoints
 from gnomon_workers.export import published
 from gnomon_workers.gang import Gang, lost_as_such
 from gnomon_workers.protocol import Assignment, Report
-from gnomon_workers.reporting import Reporter
-from gnomon_workers.train.checkpoints import Checkpoint, committed_checkpoints, latest_checkpoint
+from gnomon_workers.reporting import Reporter, WorkerLost
+from gnomon_workers.train.checkpoints import Checkpoint, committed_checkpoints, latest_common
 from gnomon_workers.train.publish import export
-from gnomon_workers.train.rank import RankTask, TrainRank
-from gnomon_workers.train.run import TrainRun, resolve
+from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
+from gnomon_workers.train.run import TrainRun, resolve_all
+
+SALVAGE_S: Final = 1.0
+"""Longest wait for the last words of a gang's rank 0."""
 
 
 def run_train(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
     """Train, evaluate and publish; every part that an earlier attempt finished is kept."""
-    run = resolve(assignment)
-    record = published(run.dictionary)
-    if record is None:
-        checkpoint, tokens_per_s = train_gang(run, reporter)
-        record = export(run, reporter, checkpoint, tokens_per_s=tokens_per_s)
+    runs = resolve_all(assignment)
+    done = {run.variant: record for run in runs if (record := published(run.dictionary)) is not None}
+    if len(done) < len(runs):
+        checkpoints, tokens_per_s = train_gang(runs, reporter)
+        for run, checkpoint in zip(runs, checkpoints, strict=True):
+            if run.variant not in done:
+                done[run.variant] = export(run, reporter, checkpoint, tokens_per_s=tokens_per_s)
+    first = runs[0]
     result = TrainResult(
-        dictionary_id=assignment.dictionary_id or "",
+        dictionary_id=first.dictionary_id,
         store_id=assignment.store_id,
-        n_steps=run.plan.n_steps,
-        metrics=record["metrics"],
+        n_steps=first.plan.n_steps,
+        metrics=done[first.variant]["metrics"],
+        dictionaries={
+            run.variant: TrainedDictionary(dictionary_id=run.dictionary_id, metrics=done[run.variant]["metrics"])
+            for run in runs
+            if run.variant
+        },
     )
-    return {**result.model_dump(mode="json"), "record": record}
+    return {**result.model_dump(mode="json"), "records": [done[run.variant] for run in runs]}
 
 
-def train_gang(run: TrainRun, reporter: Reporter) -> tuple[Checkpoint, float | None]:
-    """Train from the last whole checkpoint to the end; returns the final one, and this attempt's tokens/s."""
-    plan = run.plan
+def train_gang(runs: Sequence[TrainRun], reporter: Reporter) -> tuple[tuple[Checkpoint, ...], float | None]:
+    """Train from the last step of which all have a whole checkpoint to the end.
+
+    Returns the final checkpoints, and the tokens that this attempt read a second.
+    """
+    plan = runs[0].plan
     reporter.phase("train", total=plan.n_steps * plan.batch_size, unit="tokens")
-    resume, damaged = latest_checkpoint(run.checkpoints)
+    resume, damaged = latest_common([run.checkpoints for run in runs])
     for message in damaged:
         reporter.report("log", level="warning", message=message)
+    first_step = 0
     if resume is not None:
-        reporter.report("log", level="info", message=f"resuming from step {resume.step} of attempt {resume.attempt}")
-        if resume.step >= plan.n_steps:
+        first_step = resume[0].step
+        attempts = " and ".join(str(attempt) for attempt in sorted({checkpoint.attempt for checkpoint in resume}))
+        reporter.report("log", level="info", message=f"resuming from step {first_step} of attempt {attempts}")
+        if first_step >= plan.n_steps:
             return resume, None
-    task = RankTask(
-        plan=plan,
-        attempt=run.assignment.attempt,
-        hook_name=run.hook_name,
-        store=run.store.location.url,
-        checkpoints=run.checkpoints.url,
-        resume=resume,
-    )
+    task = _task_of(runs, resume)
     began = time.monotonic()
-    with Gang.start(TrainRank, plan.dp * plan.features, use_gpu=bool(ray.cluster_resources().get("GPU"))) as gang:
+    use_gpu = bool(ray.cluster_resources().get("GPU"))
+    with Gang.start(TrainRank, plan.dp * plan.features, use_gpu=use_gpu, env=failpoints.environment()) as gang:
         _drive(gang, task, reporter)
-    n_steps = plan.n_steps - (resume.step if resume else 0)
-    return next(committed_checkpoints(run.checkpoints)), n_steps * plan.batch_size / (time.monotonic() - began)
+    tokens_per_s = (plan.n_steps - first_step) * plan.batch_size / (time.monotonic() - began)
+    return tuple(next(committed_checkpoints(run.checkpoints)) for run in runs), tokens_per_s
+
+
+def _task_of(runs: Sequence[TrainRun], resume: tuple[Checkpoint, ...] | None) -> RankTask:
+    first = runs[0]
+    return RankTask(
+        learners=tuple(
+            LearnerTask(name=run.variant, plan=run.plan, checkpoints=run.checkpoints.url, resume=checkpoint)
+            for run, checkpoint in zip(runs, resume or [None] * len(runs), strict=True)
+        ),
+        attempt=first.assignment.attempt,
+        hook_names=first.hook_names,
+        store=first.store.location.url,
+        profile=first.profile.url,
+        profile_steps=first.spec.profile_steps or 0,
+    )
 
 
 def _drive(gang: Gang, task: RankTask, reporter: Reporter) -> None:
@@ -68,10 +96,16 @@ def _drive(gang: Gang, task: RankTask, reporter: Reporter) -> None:
         address: str = ray.get(gang.members[0].address.remote())
     running = [member.run.remote(task, address) for member in gang.members]
     forward = _Forwarder(gang.members[0], reporter)
-    errors = [error for error in gang.watch(running, forward) if error]
+    # one rank's error ends them all: the others would wait for it until their collective times out
+    try:
+        errors = [error for error in gang.watch(running, forward, ends=bool) if error]
+    except WorkerLost:
+        # if rank 0 lives, what it has said belongs to steps that may never be made again
+        forward.salvage()
+        raise
     forward.finish()
     if errors:
-        raise GnomonError(errors[0]["message"], code=errors[0]["code"])
+        raise from_problem(errors[0]["status"], errors[0])
 
 
 class _Forwarder:
@@ -92,6 +126,13 @@ class _Forwarder:
         """Pass on the rest: the answer under way may have been given before the rank's last word."""
         self._pass_on()
         self._pass_on()
+
+    def salvage(self) -> None:
+        """Pass on what the rank can still say of a gang that is lost."""
+        for _ in range(2):
+            if ray.wait([self._asked], timeout=SALVAGE_S)[0]:
+                with suppress(WorkerLost):
+                    self._pass_on()
 
     def _pass_on(self) -> None:
         with lost_as_such():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from gnomon.errors import GnomonError
 from gnomon_storage.location import Location
-from gnomon_workers.train.checkpoints import save_checkpoint
+from gnomon_workers.failpoints import Failpoint, failpoint
 from gnomon_workers.train.metrics import step_metrics
+from gnomon_workers.train.profile import StepProfile
+from gnomon_workers.train.saving import CheckpointWriter, Saved, begin_all
 from gnomon_workers.train.step import TrainStep
 
 
@@ -48,43 +53,123 @@ class Observer:
         self.report("progress", done=done * batch_size, rate=rate)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """One of the dictionaries that are trained on the same batches."""
+
+    step: TrainStep
+    checkpoints: Location
+    name: str = ""
+    """The variant's, where the job has variants."""
+
+    @property
+    def label(self) -> dict[str, str]:
+        """What reports about it carry."""
+        return {"variant": self.name} if self.name else {}
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let an error say of which variant it is."""
+        try:
+            yield
+        except GnomonError as error:
+            if self.name:
+                error.message = f"variant {self.name!r}: {error.message}"
+            raise
+
+
 def train(
-    step: TrainStep,
+    learners: Sequence[Learner],
     source: BatchSource,
     *,
     first_step: int,
     attempt: int,
-    checkpoints: Location,
     observer: Observer,
+    trace: StepProfile | None = None,
 ) -> None:
-    """Run steps [first_step, n_steps) and leave a checkpoint after the last."""
+    """Run steps [first_step, n_steps) of every learner and leave a checkpoint of each after the last.
+
+    Learners may differ in all but the batch size, the number of steps and how often they report and are saved.
+    """
+    plan = learners[0].step.plan
+    with ExitStack() as stack:
+        writers = [stack.enter_context(_writer(learner, attempt, observer)) for learner in learners]
+        observer.progress(first_step, plan.batch_size, force=True)
+        for number in _steps(learners, source, first_step, observer, trace):
+            for writer in writers:
+                writer.check()
+            if number % plan.checkpoint_every == 0 or number == plan.n_steps:
+                begin_all(writers, number)
+            observer.progress(number, plan.batch_size, force=number == plan.n_steps)
+        for writer in writers:
+            writer.finish()
+
+
+def _writer(learner: Learner, attempt: int, observer: Observer) -> CheckpointWriter:
+    def committed(saved: Saved) -> None:
+        checkpoint = saved.checkpoint
+        observer.report(
+            "checkpoint",
+            **learner.label,
+            step=checkpoint.step,
+            max_alignment_deviation=checkpoint.max_alignment_deviation,
+            n_bytes=checkpoint.n_bytes,
+            copy_s=saved.copy_s,
+            duration_s=saved.duration_s,
+        )
+
+    step, folder = learner.step, learner.checkpoints
+    return CheckpointWriter(folder, step, attempt=attempt, on_commit=committed, beat=observer.beat)
+
+
+def _steps(
+    learners: Sequence[Learner],
+    source: BatchSource,
+    first_step: int,
+    observer: Observer,
+    trace: StepProfile | None,
+) -> Iterator[int]:
+    """Make steps [first_step, n_steps), reporting metrics; yields the number of steps made."""
+    step = learners[0].step
     plan = step.plan
     start, stop = step.mesh.token_range(plan.batch_size)
     device = step.parameters.W_dec.device
     clock = _Clock()
-    observer.progress(first_step, plan.batch_size, force=True)
     for t in range(first_step, plan.n_steps):
+        if trace is not None:
+            trace.before(t)
         with clock.loading():
             x = torch.from_numpy(source.batch(t, start, stop)).to(device)
-        result = step(t, x)
+        failpoint(Failpoint.STEP_BEFORE)
         number = t + 1
-        if number % plan.log_every == 0 or number == plan.n_steps:
-            observer.report("metrics", **step_metrics(step, result, number), **clock.lap(plan.batch_size))
-        if number % plan.checkpoint_every == 0 or number == plan.n_steps:
-            began = time.monotonic()
-            saved = save_checkpoint(checkpoints, step, number=number, attempt=attempt)
-            observer.report(
-                "checkpoint",
-                step=number,
-                max_alignment_deviation=saved.max_alignment_deviation,
-                n_bytes=sum(shard.n_bytes for shard in saved.shards),
-                duration_s=time.monotonic() - began,
-            )
-        observer.progress(number, plan.batch_size, force=number == plan.n_steps)
+        is_logged = number % plan.log_every == 0 or number == plan.n_steps
+        metrics = [_learn(learner, t, x, is_logged=is_logged) for learner in learners]
+        if is_logged:
+            lap = clock.lap(step)
+            for learner, measured in zip(learners, metrics, strict=True):
+                observer.report("metrics", **learner.label, **measured, **lap)
+        yield number
+    if trace is not None:
+        trace.finish(plan.n_steps)
+
+
+def _learn(learner: Learner, t: int, x: torch.Tensor, *, is_logged: bool) -> dict[str, Any]:
+    """Make one step, and measure it where that is due."""
+    with learner.named():
+        result = learner.step(t, x)
+    return step_metrics(learner.step, result, t + 1) if is_logged else {}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process ever held: of a GPU what its tensors took, else all that it took of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _Clock:
-    """Tokens per second and the share of time spent waiting for data, since the last lap."""
+    """What steps take, from one lap to the next."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -99,13 +184,15 @@ class _Clock:
         self._loading_s += time.monotonic() - began
         self._n_steps += 1
 
-    def lap(self, batch_size: int) -> dict[str, float]:
-        """Rates since the last lap."""
+    def lap(self, step: TrainStep) -> dict[str, Any]:
+        """What the steps since the last lap took of this rank: rates, seconds by class of work, memory."""
         now = time.monotonic()
         elapsed_s = max(now - self._start, 1e-9)
-        rates = {
-            "tokens_per_s": self._n_steps * batch_size / elapsed_s,
+        costs = {
+            "tokens_per_s": self._n_steps * step.plan.batch_size / elapsed_s,
             "loader_stall_fraction": self._loading_s / elapsed_s,
+            "times_s": {**step.mesh.clock.lap(), "loader": self._loading_s},
+            "peak_memory_bytes": peak_memory_bytes(step.parameters.W_dec.device),
         }
         self._start, self._loading_s, self._n_steps = now, 0.0, 0
-        return rates
+        return costs

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import alignment_scores
 from gnomon_workers.train.step import StepResult, TrainStep
 
@@ -17,35 +19,49 @@ def step_metrics(step: TrainStep, result: StepResult, number: int) -> dict[str, 
     was interrupted reports what it would have reported.
     """
     plan, mesh = step.plan, step.mesh
-    inputs = result.inputs
-    variance = float((inputs - inputs.mean(0)).square().sum(1).sum(dtype=torch.float64))
+    variance = _variance(result.targets, mesh)
     n_dead = (step.n_tokens_since_fired >= plan.dead_after_tokens).sum()
     n_active = mesh.all_reduce(torch.tensor([result.n_active], device=n_dead.device), "world")
-    scores = torch.cat(mesh.all_gather(step.alignment_scores(), "features"))
     fvu = result.loss * plan.batch_size / variance if variance > 0 else 0.0
     metrics = {
         "step": number,
         "tokens": number * plan.batch_size,
         "loss": result.loss,
+        "objective": result.objective,
         "fvu": fvu,
         "explained_variance": 1 - fvu,
         "l0": int(n_active) / plan.batch_size,
         "dead_fraction": int(mesh.all_reduce(n_dead, "features")) / plan.d_sae,
         "lr": result.lr,
         "grad_norm": result.grad_norm,
+    }
+    return metrics | result.parts | step.state | _alignment(step)
+
+
+def _variance(targets: Tensor, mesh: ProcessMesh) -> float:
+    """Sum of squared distances from the mean, over the tokens of all replicas; collective."""
+    n_tokens = len(targets) * mesh.dp
+    mean = mesh.all_reduce(targets.sum(0, dtype=torch.float64), "dp") / n_tokens
+    return float(mesh.all_reduce((targets - mean).square().sum(), "dp"))
+
+
+def _alignment(step: TrainStep) -> dict[str, float]:
+    """Quantiles of <w, d>; none for a transcoder."""
+    local = step.alignment_scores()
+    if local is None:
+        return {}
+    scores = torch.cat(step.mesh.all_gather(local, "features"))
+    return {
         "alignment_min": float(scores.min()),
         "alignment_median": float(scores.median()),
         "alignment_max": float(scores.max()),
     }
-    if plan.aux is not None:
-        metrics["aux_loss"] = result.aux_loss
-    if step.threshold:
-        metrics["threshold"] = step.threshold
-    return metrics
 
 
-def max_alignment_deviation(step: TrainStep) -> float:
-    """Largest |<w, d> - 1| over all features of the dictionary; collective."""
+def max_alignment_deviation(step: TrainStep) -> float | None:
+    """Largest |<w, d> - 1| over all features of the dictionary, None for a transcoder; collective."""
     params = step.parameters
+    if step.plan.target is not None:
+        return None
     worst = (alignment_scores(params.W_enc_rows, params.W_dec) - 1).abs().max()
     return float(torch.stack(step.mesh.all_gather(worst, "features")).max())

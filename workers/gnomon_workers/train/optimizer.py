@@ -1,64 +1,96 @@
-"""Fused Adam over the parameters of one shard, with its state in plain tensors so that a checkpoint is the state."""
+"""Adam over the parameters of one shard, with its state in plain tensors so that a checkpoint is the state.
+
+Replicas may share the work: each then keeps the moments of its own rows of the two matrices, moves those, and gets the
+others from their owners.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from gnomon.specs import Adam
+from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.parameters import Parameters
+
+MATRICES: Final = ("W_enc_rows", "W_dec")
+"""Parameters with a row for each feature; all others are vectors, and every replica moves them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamState:
-    """Moments, gradients and the number of steps, by the names of Parameters.tensors()."""
+    """Moments by the names of Parameters.tensors(), and the number of steps."""
 
     config: Adam
+    beta1: float
     params: dict[str, Tensor]
-    grads: dict[str, Tensor]
-    """Dense buffers, re-used at every step."""
     first: dict[str, Tensor]
     second: dict[str, Tensor]
-    steps: dict[str, Tensor]
-    """One float32 scalar for each parameter, as the fused kernel wants it."""
+    own: range
+    """Features of the shard whose moments this replica keeps and whose rows it moves: all, unless replicas share."""
+    n_steps: Tensor
+    """Steps made, a float32 scalar as the fused kernel wants it."""
 
     @classmethod
-    def create(cls, config: Adam, parameters: Parameters) -> AdamState:
+    def create(cls, config: Adam, parameters: Parameters, *, beta1: float, own: range | None = None) -> AdamState:
         """State of an optimizer that has made no step."""
         params = parameters.tensors()
+        own = own if own is not None else range(parameters.n_local)
+        moved = {name: p[own.start : own.stop] if name in MATRICES else p for name, p in params.items()}
         return cls(
             config=config,
+            beta1=beta1,
             params=params,
-            grads={name: torch.zeros_like(p) for name, p in params.items()},
-            first={name: torch.zeros_like(p) for name, p in params.items()},
-            second={name: torch.zeros_like(p) for name, p in params.items()},
-            steps={name: torch.zeros((), device=p.device) for name, p in params.items()},
+            first={name: torch.zeros_like(p) for name, p in moved.items()},
+            second={name: torch.zeros_like(p) for name, p in moved.items()},
+            own=own,
+            n_steps=torch.zeros((), device=parameters.W_dec.device),
         )
 
-    def step(self, lr: float, clip_scale: Tensor) -> None:
-        """One step down the gradients, multiplied by clip_scale (a scalar) first."""
-        names = list(self.params)
-        adam(
-            [self.params[n] for n in names],
-            [self.grads[n] for n in names],
-            [self.first[n] for n in names],
-            [self.second[n] for n in names],
+    def rows(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Parameter and moments of rows [start, stop), views; of a matrix they must be own rows."""
+        first_row = self.own.start if name in MATRICES else 0
+        moments = slice(start - first_row, stop - first_row)
+        return self.params[name][start:stop], self.first[name][moments], self.second[name][moments]
+
+    def move(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], grads: Sequence[Tensor], lr: float) -> None:
+        """One step down the gradients for (parameter, first, second) triples; n_steps must count it already."""
+        params, first, second = (list(column) for column in zip(*rows, strict=True))
+        # The kernel itself: torch.optim's way to it costs more than the work of a block of rows.
+        torch._fused_adam_(
+            params,
+            list(grads),
+            first,
+            second,
             [],
-            [self.steps[n] for n in names],
-            fused=True,
-            amsgrad=False,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
+            [self.n_steps] * len(params),
             lr=lr,
+            beta1=self.beta1,
+            beta2=self.config.beta2,
             weight_decay=0.0,
             eps=self.config.eps,
+            amsgrad=False,
             maximize=False,
-            # the kernel divides by grad_scale
-            grad_scale=clip_scale.reciprocal().float(),
         )
+
+
+def owned_rows(n_local: int, replica: int, dp: int) -> range:
+    """Features of a shard that a replica moves where replicas share the work: equal ranges, the last the shortest."""
+    share = -(-n_local // dp)
+    return range(min(replica * share, n_local), min((replica + 1) * share, n_local))
+
+
+def share_rows(parameters: Parameters, mesh: ProcessMesh) -> None:
+    """Give every replica the rows that the others have moved."""
+    for replica in range(mesh.dp):
+        own = owned_rows(parameters.n_local, replica, mesh.dp)
+        for name, tensor in parameters.tensors().items():
+            if name in MATRICES and len(own):
+                mesh.broadcast(tensor[own.start : own.stop], replica)
 
 
 def learning_rate(step: int, *, peak: float, n_steps: int, warmup_steps: int, decay_fraction: float) -> float:

@@ -9,7 +9,7 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,8 +19,14 @@ from gnomon_workers.evaluate.metrics import alignment_metrics
 from gnomon_workers.export import WEIGHTS, publish, saelens_config, write_sparsity, write_weights
 from gnomon_workers.reporting import Reporter
 from gnomon_workers.train.checkpoints import Checkpoint
+from gnomon_workers.train.plan import TrainPlan
 from gnomon_workers.train.run import TrainRun
 
+_LABEL_LENGTH: Final = 256
+_NOT_HASHED: Final = {
+    *("activations", "mesh", "log_every", "checkpoint_every", "profile_steps", "evaluation"),
+    *("variants", "data_seed"),
+}
 _PACKAGES = ("gnomon", "torch", "ray", "transformers", "zarr", "numpy", "safetensors")
 
 
@@ -39,14 +45,15 @@ def export(run: TrainRun, reporter: Reporter, checkpoint: Checkpoint, *, tokens_
         rates = {"train": tokens_per_s}
         evaluation = run.spec.evaluation
         if evaluation is not None:
-            measured = run_evaluation(run.assignment, reporter, folder, evaluation, run.hook_name)
+            measured = run_evaluation(run.assignment, reporter, folder, evaluation, variant=run.variant)
             rates["evaluate"] = measured.tokens_per_s
             write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
             metrics |= measured.metrics
         dictionary = load_folder(local)
-        metrics["alignment"] = alignment_metrics(dictionary.W_enc, dictionary.W_dec)
+        if not dictionary.cfg.is_transcoder:
+            metrics["alignment"] = alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
         metrics["tokens_per_s"] = rates
-        reporter.phase("export", total=None, unit="files")
+        reporter.phase("export", total=None, unit="files", variant=run.variant)
         _write_config(local, run, metrics)
         _write_provenance(local, run, checkpoint, metrics)
         return publish(folder, local, _record(run, metrics))
@@ -55,13 +62,20 @@ def export(run: TrainRun, reporter: Reporter, checkpoint: Checkpoint, *, tokens_
 def _record(run: TrainRun, metrics: dict[str, Any]) -> dict[str, Any]:
     """The fields of resources.Dictionary that the job determines."""
     return {
-        "hook_name": run.hook_name,
+        "hook_name": _hook_label(run.plan),
         "d_in": run.plan.d_in,
         "d_sae": run.plan.d_sae,
         "activation": run.plan.activation.kind,
         "alignment": run.plan.alignment,
         "metrics": metrics,
     }
+
+
+def _hook_label(plan: TrainPlan) -> str:
+    """The hook's name, or of several as many as fit into a column of the database."""
+    label = " + ".join(hook.name for hook in plan.inputs)
+    label = label if plan.target is None else f"{label} -> {plan.target.name}"
+    return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 3]}..."
 
 
 def _write_config(local: Path, run: TrainRun, metrics: dict[str, Any]) -> None:
@@ -78,14 +92,15 @@ def _write_config(local: Path, run: TrainRun, metrics: dict[str, Any]) -> None:
         "gnomon": {
             "version": version("gnomon"),
             "job_id": run.assignment.job_id,
-            "dictionary_id": run.assignment.dictionary_id,
+            "dictionary_id": run.dictionary_id,
+            "variant": run.variant or None,
             "store_id": run.assignment.store_id,
             "alignment": run.plan.alignment,
             "seed": run.plan.seed,
             "config_hash": config_hash(run),
         },
     }
-    config = saelens_config(run.plan, run.hook_name, metadata)
+    config = saelens_config(run.plan, metadata)
     (local / "cfg.json").write_text(json.dumps(config, indent=1))
 
 
@@ -95,6 +110,7 @@ def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metric
     provenance = {
         "job_id": run.assignment.job_id,
         "attempt": run.assignment.attempt,
+        "variant": run.variant or None,
         "created_at": datetime.now(UTC).isoformat(),
         "config_hash": config_hash(run),
         "train": run.spec.model_dump(mode="json"),
@@ -115,8 +131,10 @@ def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metric
             "n_steps": run.plan.n_steps,
             "warmup_steps": run.plan.warmup_steps,
             "mesh": {"dp": run.plan.dp, "features": run.plan.features},
-            "input_scale": run.plan.scale,
+            "d_out": run.plan.d_out,
+            "input_scales": {hook.name: hook.scale for hook in run.plan.hooks},
             "seed": run.plan.seed,
+            "data_seed": run.plan.data_seed,
         },
         "checkpoint": {"step": checkpoint.step, "max_alignment_deviation": checkpoint.max_alignment_deviation},
         "metrics": metrics,
@@ -127,8 +145,8 @@ def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metric
 
 def config_hash(run: TrainRun) -> str:
     """SHA-256 of what determines the dictionary: the store and the spec, without the mesh and the reporting."""
-    spec = run.spec.model_dump(
-        mode="json", exclude={"activations", "mesh", "log_every", "checkpoint_every", "evaluation"}
-    )
+    spec = run.spec.model_dump(mode="json", exclude=_NOT_HASHED)
+    if run.plan.data_seed != run.plan.seed:
+        spec["data_seed"] = run.plan.data_seed
     text = json.dumps({"store_id": run.assignment.store_id, "spec": spec}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

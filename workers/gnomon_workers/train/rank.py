@@ -18,35 +18,57 @@ import torch.distributed as dist
 from gnomon.errors import GnomonError
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_storage.shuffle import BatchReader
+from gnomon_workers import failpoints
+from gnomon_workers.failpoints import Failpoint
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.protocol import Report
 from gnomon_workers.reporting import Reporter
 from gnomon_workers.sae.init import initial_b_dec
 from gnomon_workers.sae.parameters import make_parameters
+from gnomon_workers.sae.variants import make_variant
 from gnomon_workers.train.checkpoints import Checkpoint, load_checkpoint
-from gnomon_workers.train.loop import Observer, train
-from gnomon_workers.train.plan import TrainPlan
+from gnomon_workers.train.loop import Learner, Observer, train
+from gnomon_workers.train.plan import TrainPlan, scale_of
+from gnomon_workers.train.profile import StepProfile
+from gnomon_workers.train.rows import JointReader
 from gnomon_workers.train.step import TrainStep
 
 COLLECTIVE_TIMEOUT_S: Final = 60.0
 """The default of 30 minutes would hide a stopped rank for as long."""
 FIRST_SAMPLE: Final = 65_536
-"""Activations that b_dec is initialised from."""
+"""Activations that b_dec is initialised from, at most."""
+FIRST_SAMPLE_BYTES: Final = 128 << 20
+"""What they take at most as float32: every rank reads them, however small its shard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerTask:
+    """One of the dictionaries that a gang trains."""
+
+    plan: TrainPlan
+    checkpoints: str
+    """URL of the folder of its checkpoints."""
+    resume: Checkpoint | None
+    """Of the same step for all."""
+    name: str = ""
+    """The variant's, where the job has variants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTask:
     """What every rank of a gang is told; the same for all."""
 
-    plan: TrainPlan
+    learners: tuple[LearnerTask, ...]
+    """At least one; their plans differ in what a variant may change."""
     attempt: int
-    hook_name: str
+    hook_names: tuple[str, ...]
+    """Hooks whose activations are joined into the rows that are read."""
     store: str
     """URL of the activation store."""
-    checkpoints: str
-    """URL of the job's checkpoint folder."""
-    resume: Checkpoint | None
+    profile: str
+    """URL of the trace that rank 0 writes."""
+    profile_steps: int
+    """Steps to trace; 0 for none."""
 
 
 class TrainRank:
@@ -57,6 +79,7 @@ class TrainRank:
         self._reporter = Reporter()
         self._progressed = time.monotonic()
         self._lock = threading.Lock()
+        failpoints.arm(rank)
 
     def address(self) -> str:
         """host:port that the gang can meet at, on this rank's machine."""
@@ -75,21 +98,22 @@ class TrainRank:
         """Reports of this rank with a number above `after`."""
         return self._reporter.after(after)
 
-    def run(self, task: RankTask, address: str) -> Mapping[str, str]:
-        """Train to the end; returns {} or the code and message of an error that is the job's own."""
+    def run(self, task: RankTask, address: str) -> Mapping[str, Any]:
+        """Train to the end; returns {} or an error that is the job's own, as `errors.from_problem` takes it."""
         with self._lock:
             try:
                 self._run(task, address)
             except GnomonError as error:
-                # returned rather than raised: the job's own error must not look like a lost worker
-                return {"code": error.code, "message": error.message}
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                # Returned rather than raised: the job's own error must not look like a lost worker. The process
+                # group stays: without it the others would fail as well, and might be heard first.
+                return {"status": error.status, "code": error.code, "detail": error.message}
+            if dist.is_initialized():
+                dist.destroy_process_group()
             return {}
 
     def _run(self, task: RankTask, address: str) -> None:
-        plan = task.plan
+        failpoints.failpoint(Failpoint.RUN_START)
+        plan = task.learners[0].plan
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cpu":
             torch.set_num_threads(1)
@@ -98,20 +122,32 @@ class TrainRank:
         store.verify(part=self._rank, n_parts=mesh.size("world"))
         mesh.barrier()  # nobody trains on a store of which another found a part damaged
         self._beat()
-        with BatchReader(store, task.hook_name, seed=plan.seed, batch_size=plan.batch_size) as reader:
-            checkpoints = Location.open(task.checkpoints)
-            step = make_step(plan, mesh, reader.first_sample(FIRST_SAMPLE), device)
-            if task.resume is not None:
-                load_checkpoint(checkpoints, task.resume, step)
-            self._beat()
+        with JointReader(store, task.hook_names, seed=plan.data_seed, batch_size=plan.batch_size) as reader:
+            sample = reader.first_sample(n_first_samples(plan))
+            learners = [self._make_learner(learner, mesh, sample, device) for learner in task.learners]
+            resume = task.learners[0].resume
+            first_step = resume.step if resume else 0
+            n_traced = task.profile_steps if self._rank == 0 else 0
             train(
-                step,
+                learners,
                 reader,
-                first_step=task.resume.step if task.resume else 0,
+                first_step=first_step,
                 attempt=task.attempt,
-                checkpoints=checkpoints,
                 observer=Observer(report=self._report, beat=self._beat),
+                trace=StepProfile(Location.open(task.profile), n_traced, first_step=first_step, report=self._report),
             )
+        failpoints.failpoint(Failpoint.RUN_END)
+
+    def _make_learner(
+        self, task: LearnerTask, mesh: ProcessMesh, sample: np.ndarray[Any, np.dtype[Any]], device: torch.device
+    ) -> Learner:
+        """A dictionary at its beginning, or as a checkpoint has it."""
+        step = make_step(task.plan, mesh, sample, device)
+        checkpoints = Location.open(task.checkpoints)
+        if task.resume is not None:
+            load_checkpoint(checkpoints, task.resume, step)
+        self._beat()
+        return Learner(name=task.name, step=step, checkpoints=checkpoints)
 
     def _report(self, kind: Any, **data: Any) -> None:
         if self._rank == 0:
@@ -139,13 +175,28 @@ def join_mesh(plan: TrainPlan, *, rank: int, address: str, device: torch.device)
     return ProcessMesh.create(dp=plan.dp, features=plan.features, timeout_s=COLLECTIVE_TIMEOUT_S)
 
 
+def n_first_samples(plan: TrainPlan) -> int:
+    """Activations that b_dec is initialised from."""
+    width = sum(hook.width for hook in plan.hooks)
+    return min(FIRST_SAMPLE, FIRST_SAMPLE_BYTES // (4 * width))
+
+
 def make_step(
     plan: TrainPlan, mesh: ProcessMesh, sample: np.ndarray[Any, np.dtype[Any]], device: torch.device
 ) -> TrainStep:
     """A step at its beginning; sample is (n, d_in) raw activations, the same on every rank."""
     start, stop = mesh.feature_range(plan.d_sae)
-    b_dec = initial_b_dec(torch.from_numpy(sample) * plan.scale, plan.b_dec_init).to(device)
+    rows = torch.from_numpy(sample)
+    targets = (rows * scale_of(plan.hooks, rows))[:, -plan.d_out :]
+    b_dec = initial_b_dec(targets, plan.b_dec_init).to(device)
     parameters = make_parameters(
-        seed=plan.seed, d_in=plan.d_in, start=start, stop=stop, b_dec=b_dec, tied=plan.alignment == "tied"
+        seed=plan.seed,
+        d_in=plan.d_in,
+        start=start,
+        stop=stop,
+        b_dec=b_dec,
+        tied=plan.alignment == "tied",
+        vectors=make_variant(plan.activation, plan.setting).initial_vectors(),
+        is_transcoder=plan.target is not None,
     )
     return TrainStep(plan, parameters, mesh)

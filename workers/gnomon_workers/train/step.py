@@ -1,4 +1,4 @@
-"""One training step: candidates, exact selection, sparse decode, sparse gradients, alignment, Adam, retraction."""
+"""One training step: encode, the variant's sparse terms, exchange, weight gradients, alignment, Adam, retraction."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ import torch
 from torch import Tensor
 
 from gnomon.errors import GnomonError
-from gnomon.specs import BatchTopK
+from gnomon_workers.failpoints import Failpoint, failpoint
+from gnomon_workers.kernels.choice import choose_kernels
+from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.parallel.select import BatchTopKSelector, global_topk
-from gnomon_workers.sae.alignment import RULES, check_pole, row_dot
+from gnomon_workers.sae.alignment import alignment_scores, check_pole
+from gnomon_workers.sae.encoder import Encoder, PreActivations, choose_encoder_dtype
+from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.parameters import Parameters
-from gnomon_workers.sae.sparse import (
-    Picks,
-    activation_gradients,
-    decode,
-    row_gradients,
-    segment_sums,
-    sort_by_feature,
-)
-from gnomon_workers.train.exchange import SparseGradient, exchange, local_gradient
-from gnomon_workers.train.optimizer import AdamState, learning_rate
-from gnomon_workers.train.plan import TrainPlan
+from gnomon_workers.sae.sparse import FeatureSegments, Picks, segment_sums, sort_by_feature
+from gnomon_workers.sae.variants import Batch, make_variant
+from gnomon_workers.train.exchange import exchange, exchanges_batch, fired_anywhere, reduce_dense, start_inputs
+from gnomon_workers.train.optimizer import AdamState, learning_rate, owned_rows, share_rows
+from gnomon_workers.train.plan import TrainPlan, scale_of
 
 
 class NonFinite(GnomonError):
@@ -34,17 +31,20 @@ class NonFinite(GnomonError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step leaves for the metrics; sums over the whole batch, equal on every rank."""
+    """What a step leaves for the metrics: of the whole batch and equal on every rank, where nothing else is said."""
 
     loss: float
-    """Mean over tokens of |x - x_hat|^2, in units of normalised inputs; without the auxiliary term."""
-    aux_loss: float
+    """Mean over tokens of |x - x_hat|^2, in units of normalised inputs; without penalties."""
+    objective: float
+    """What was minimised."""
+    parts: dict[str, float]
+    """Parts of the objective that the variant has, by name: "aux_loss", "penalty"."""
     grad_norm: float
     lr: float
-    inputs: Tensor
-    """(batch, d_in) x - b_dec of the whole batch."""
+    targets: Tensor
+    """(tokens, d_out) x - b_dec of this replica's tokens."""
     n_active: int
-    """Picks of this rank."""
+    """Active (token, feature) pairs of this rank."""
 
 
 class TrainStep:
@@ -54,112 +54,119 @@ class TrainStep:
         self.plan = plan
         self.parameters = parameters
         self.mesh = mesh
-        self.optimizer = AdamState.create(plan.optimizer, parameters)
+        mesh.clock.on_gpu = parameters.W_dec.is_cuda
+        self.variant = make_variant(plan.activation, plan.setting)
+        self.optimizer = AdamState.create(plan.optimizer, parameters, beta1=plan.beta1, own=self._own_rows())
         self.n_tokens_since_fired = torch.zeros(parameters.n_local, dtype=torch.int64, device=parameters.W_dec.device)
-        self.threshold = 0.0
-        """Running mean of the smallest kept activation (BatchTopK); in float64, for it averages thousands."""
-        self._selector = BatchTopKSelector()
-        self._hidden_pre = torch.empty(0)
+        self.state = self.variant.initial_state()
+        """Running numbers of the variant, kept in checkpoints; in float64, for they average thousands."""
+        self._scale = scale_of(plan.hooks, parameters.b_dec)
+        device = parameters.W_dec.device
+        n_products = plan.batch_size * plan.d_in * plan.d_sae
+        dtype = choose_encoder_dtype(plan.encoder_dtype, n_products=n_products, device=device, mesh=mesh)
+        self._encoder = Encoder(dtype)
+        self._kernels = choose_kernels(plan.kernels, device, dtype)
+        self._exchanges_batch = mesh.dp == 1 or exchanges_batch(plan)
+        self._weights = self._kernels.weight_update(parameters, self.optimizer, plan.alignment)
 
     def __call__(self, step: int, x: Tensor) -> StepResult:
         """Train on this replica's (tokens, d_in) share of batch number `step` (from 0).
 
-        Raises NonFinite on every rank at the same step, before anything has changed.
+        A transcoder's rows are (tokens, d_in + d_out): the target follows the input. Raises NonFinite on every rank
+        at the same step, before anything has changed.
         """
-        plan, params = self.plan, self.parameters
-        encoder_inputs = x * plan.scale - params.b_dec
-        hidden_pre = self._encode(encoder_inputs)
-        picks, cut = self._select(hidden_pre)
-        reconstruction = self.mesh.all_reduce(decode(picks, params.W_dec), "features")
-        residual = reconstruction - encoder_inputs  # x_hat - x: b_dec cancels
-        sparse = self._gradient_of(picks, encoder_inputs, residual * (2 / plan.batch_size))
-        grad_b_dec = sparse.residual_gradients.sum(0)
-        self._zero_grads()
-        fired = self._add_weight_gradients(sparse)
-        aux_loss = self._add_auxiliary(hidden_pre, encoder_inputs, residual) if plan.aux is not None else 0.0
-        grad_norm = self._finish_gradients(grad_b_dec)
-        loss = _sum_of_squares(sparse.residual_gradients) * plan.batch_size / 4
+        encoder_inputs, targets = self._inputs_and_targets(x)
+        clock = self.mesh.clock
+        all_inputs = start_inputs(encoder_inputs, self.mesh) if self._exchanges_batch else None
+        with clock.section("sparse"):
+            terms = self.variant.terms(self._batch(step, encoder_inputs, targets))
+            sparse = exchange(terms.gradient, all_inputs, self.mesh) if all_inputs is not None else terms.gradient
+            segments = sort_by_feature(sparse.features, sparse.tokens)
+            gradients = self._gradients(sparse, segments)
+            fired = sparse.fired(segments.touched)
+            if all_inputs is None:
+                gradients = reduce_dense(gradients, self.parameters.n_local, self.mesh)
+                fired = fired_anywhere(fired, self.parameters.n_local, self.mesh)
+        with clock.section("optimizer"):
+            self._share_b_dec(gradients)
+            grad_norm = self._clipped_by(gradients)
+        sums = self._add_up(terms.sums)
+        loss, objective = sums.pop("loss"), sums.pop("objective")
         self._check_finite(step, loss, grad_norm)
-        lr = self._update(step, grad_norm)
-        self._count(step, fired, cut)
+        failpoint(Failpoint.STEP_BEFORE_UPDATE)
+        with clock.section("optimizer"):
+            lr = self._update(step, gradients, float(grad_norm))
+            self._count(fired)
+        self.state = terms.state
         return StepResult(
             loss=loss,
-            aux_loss=aux_loss,
+            objective=objective,
+            parts=sums,
             grad_norm=float(grad_norm),
             lr=lr,
-            inputs=sparse.encoder_inputs,
-            n_active=len(picks.features),
+            targets=targets,
+            n_active=terms.n_active,
         )
 
     def select(self, x: Tensor) -> Picks:
-        """The picks of this rank for (tokens, d_in) inputs, without changing anything."""
-        hidden_pre = self._encode(x * self.plan.scale - self.parameters.b_dec)
-        return self._select(hidden_pre)[0]
+        """The active features of this rank for inputs as a step gets them, without changing anything."""
+        return self.variant.select(self._batch(0, *self._inputs_and_targets(x)))
 
-    def _encode(self, encoder_inputs: Tensor) -> Tensor:
-        shape = (len(encoder_inputs), self.parameters.n_local)
-        if self._hidden_pre.shape != shape:
-            self._hidden_pre = encoder_inputs.new_empty(shape)
-        return torch.addmm(self.parameters.b_enc, encoder_inputs, self.parameters.W_enc_rows.t(), out=self._hidden_pre)
+    def _inputs_and_targets(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is encoded and what is to be decoded; the same tensor, but for a transcoder."""
+        scaled = x * self._scale
+        if self.plan.target is None:
+            inputs = scaled.sub_(self.parameters.b_dec)
+            return inputs, inputs
+        # b_dec belongs to the target's space, so the encoder sees the input as it is
+        d_in = self.plan.d_in
+        return scaled[:, :d_in].contiguous(), scaled[:, d_in:] - self.parameters.b_dec
 
-    def _select(self, hidden_pre: Tensor) -> tuple[Picks, float]:
-        activation = self.plan.activation
-        if isinstance(activation, BatchTopK):
-            return self._selector.select(hidden_pre, activation.k * self.plan.batch_size, self.mesh)
-        return global_topk(hidden_pre, activation.k, self.mesh), 0.0
+    def _batch(self, step: int, encoder_inputs: Tensor, targets: Tensor) -> Batch:
+        return Batch(
+            step=step,
+            pre=PreActivations(self._encoder, encoder_inputs, self.parameters, self.mesh.clock),
+            encoder_inputs=encoder_inputs,
+            targets=targets,
+            parameters=self.parameters,
+            kernels=self._kernels,
+            mesh=self.mesh,
+            n_tokens_since_fired=self.n_tokens_since_fired,
+            state=self.state,
+        )
 
-    def _gradient_of(self, picks: Picks, encoder_inputs: Tensor, residual_gradients: Tensor) -> SparseGradient:
-        gradients = activation_gradients(picks, residual_gradients, self.parameters.W_dec)
-        return exchange(local_gradient(picks, gradients, encoder_inputs, residual_gradients), self.mesh)
+    def _gradients(self, sparse: SparseGradient, segments: FeatureSegments) -> RowGradients:
+        """Of the picks given, b_dec's without what pulls it through the encoder."""
+        given = {"b_enc": sparse.gradients, **sparse.vector_gradients}
+        vectors = {name: torch.zeros_like(self.parameters.b_enc) for name in given}
+        for name, gradients in given.items():
+            vectors[name][segments.touched] = segment_sums(segments, gradients)
+        projections = self.variant.projection_gradients(vectors, self.parameters)
+        vectors["b_dec"] = sparse.b_dec_gradient()
+        return self._weights.gradients(sparse, segments, vectors, projections)
 
-    def _zero_grads(self) -> None:
-        for grad in self.optimizer.grads.values():
-            grad.zero_()
+    def _add_up(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over replicas: one message of a few numbers."""
+        total = self.mesh.all_reduce(torch.stack(list(sums.values())), "dp")
+        return dict(zip(sums, total.tolist(), strict=True))
 
-    def _add_weight_gradients(self, sparse: SparseGradient) -> Tensor:
-        """Add the gradients of one reconstruction; returns the features that take part in it."""
-        grads = self.optimizer.grads
-        segments = sort_by_feature(sparse.features, sparse.tokens)
-        decoder_rows = row_gradients(segments, sparse.values, sparse.residual_gradients)
-        encoder_rows = row_gradients(segments, sparse.gradients, sparse.encoder_inputs)
-        grads["W_dec"].index_add_(0, segments.touched, decoder_rows)
-        # a tied dictionary has one matrix, whose gradient is the sum of both
-        grads.get("W_enc_rows", grads["W_dec"]).index_add_(0, segments.touched, encoder_rows)
-        grads["b_enc"].index_add_(0, segments.touched, segment_sums(segments, sparse.gradients))
-        return segments.touched
+    def _clipped_by(self, gradients: RowGradients) -> Tensor:
+        """The global norm of the gradients, a scalar.
 
-    def _add_auxiliary(self, hidden_pre: Tensor, encoder_inputs: Tensor, residual: Tensor) -> float:
-        """AuxK: dead features reconstruct the residual, without b_dec; its gradient reaches the encoder too."""
-        aux = self.plan.aux
-        assert aux is not None
-        is_dead = self.n_tokens_since_fired >= self.plan.dead_after_tokens
-        if not int(self.mesh.all_reduce(is_dead.sum(), "features")):
-            return 0.0
-        masked = hidden_pre.masked_fill(~is_dead, -torch.inf)
-        picks = _finite(global_topk(masked, self.plan.k_aux, self.mesh, relu=False))
-        target = -residual
-        mean = self.mesh.all_reduce(target.sum(0), "dp") / self.plan.batch_size
-        total = self.mesh.all_reduce(_sum_of_squares_tensor(target - mean), "dp")
-        error = self.mesh.all_reduce(decode(picks, self.parameters.W_dec), "features") - target
-        coefficient = aux.coefficient / total.clamp_min(torch.finfo(torch.float64).tiny)
-        gradient = error * (2 * coefficient).to(error.dtype)
-        self._add_weight_gradients(self._gradient_of(picks, encoder_inputs, gradient))
-        return float(coefficient * self.mesh.all_reduce(_sum_of_squares_tensor(error), "dp"))
+        b_dec is on every shard: each adds its share, so that a fault on any one reaches all.
+        """
+        sums = gradients.square_sums()
+        sums["b_dec"] = sums["b_dec"] / self.mesh.features
+        return self.mesh.all_reduce(torch.stack(list(sums.values())).sum(), "features").sqrt()
 
-    def _finish_gradients(self, grad_b_dec: Tensor) -> Tensor:
-        """Turn plain gradients into those of the aligned parameters; returns their global norm, a scalar."""
-        grads, params = self.optimizer.grads, self.parameters
-        # x - b_dec enters the encoder: every unit of dL/d(pre) pulls b_dec against its encoder row
-        through_encoder = self.mesh.all_reduce(grads["b_enc"] @ params.W_enc_rows, "features")
-        grads["b_dec"].copy_(grad_b_dec - through_encoder)
-        if params.is_tied:
-            RULES["none"].project(grads["W_dec"], grads["W_dec"], params.W_dec, params.W_dec)
-        else:
-            RULES[self.plan.alignment].project(grads["W_enc_rows"], grads["W_dec"], params.W_enc_rows, params.W_dec)
-        # b_dec is on every shard: each adds its share, so that a fault on any one reaches all
-        share = {name: 1 / self.mesh.features if name == "b_dec" else 1.0 for name in grads}
-        total = torch.stack([share[name] * _sum_of_squares_tensor(grad) for name, grad in grads.items()]).sum()
-        return self.mesh.all_reduce(total, "features").sqrt()
+    def _share_b_dec(self, gradients: RowGradients) -> None:
+        """Make dL/d(b_dec) the same on every shard.
+
+        The reconstruction's part is so already. x - b_dec enters the encoder: every unit of dL/d(projection) pulls
+        b_dec against its encoder row, of which each shard has its own.
+        """
+        if self.plan.target is None:  # a transcoder's encoder does not see b_dec
+            gradients.vectors["b_dec"] -= self.mesh.all_reduce(gradients.through_encoder, "features")
 
     def _check_finite(self, step: int, loss: float, grad_norm: Tensor) -> None:
         """The norm sums over shards, and over replicas through the exchange: all ranks stop together."""
@@ -169,7 +176,7 @@ class TrainStep:
                 "step before. Lower optimizer.lr, or check the activations for infinities"
             )
 
-    def _update(self, step: int, grad_norm: Tensor) -> float:
+    def _update(self, step: int, gradients: RowGradients, grad_norm: float) -> float:
         plan = self.plan
         lr = learning_rate(
             step,
@@ -179,48 +186,26 @@ class TrainStep:
             decay_fraction=plan.decay_fraction,
         )
         clip = plan.optimizer.clip_norm
-        scale = (clip / grad_norm).clamp(max=1.0) if clip is not None else torch.ones_like(grad_norm)
-        self.optimizer.step(lr, scale)
-        smallest = RULES[plan.alignment].retract(self.parameters.W_enc_rows, self.parameters.W_dec)
+        clip_scale = min(1.0, clip / grad_norm) if clip is not None and grad_norm > 0 else 1.0
+        smallest = self._weights.apply(gradients, lr=lr, clip_scale=clip_scale)
+        if plan.shard_optimizer:
+            share_rows(self.parameters, self.mesh)
         if smallest is not None:
             # all shards must stop together: one that stopped alone would look like a lost worker
-            check_pole(float(torch.stack(self.mesh.all_gather(smallest, "features")).min()))
+            check_pole(float(torch.stack(self.mesh.all_gather(smallest, "world")).min()))
         return lr
 
-    def _count(self, step: int, fired: Tensor, cut: float) -> None:
+    def _own_rows(self) -> range:
+        """Features whose rows this replica moves."""
+        n_local = self.parameters.n_local
+        return owned_rows(n_local, self.mesh.replica, self.mesh.dp) if self.plan.shard_optimizer else range(n_local)
+
+    def _count(self, fired: Tensor) -> None:
         self.n_tokens_since_fired += self.plan.batch_size
         self.n_tokens_since_fired[fired] = 0
-        if isinstance(self.plan.activation, BatchTopK):
-            beta = threshold_decay(step, self.plan.activation.threshold_beta)
-            self.threshold = beta * self.threshold + (1 - beta) * cut
 
-    def alignment_scores(self) -> Tensor:
-        """<w, d> of this shard's features, (n_local,)."""
-        return row_dot(self.parameters.W_enc_rows, self.parameters.W_dec).squeeze(1)
-
-
-def threshold_decay(step: int, beta: float) -> float:
-    """Decay of the threshold's moving average at a step: never longer a memory than a tenth of the run so far.
-
-    Cuts are high while features are random. A fixed decay of .999 would still remember a third of them after 1,100
-    steps, and the exported dictionary would have half the active features that it was trained with.
-    """
-    return min(beta, step / (step + 10))
-
-
-def _finite(picks: Picks) -> Picks:
-    """Leave out picks at -inf: there were fewer dead features than asked for."""
-    keep = picks.values > -torch.inf
-    offsets = torch.zeros_like(picks.offsets)
-    torch.cumsum(torch.bincount(picks.token_indices()[keep], minlength=picks.n_tokens), 0, out=offsets[1:])
-    return Picks(features=picks.features[keep], values=picks.values[keep], offsets=offsets)
-
-
-def _sum_of_squares_tensor(values: Tensor) -> Tensor:
-    """Sum of squares as a float64 scalar: rows in the tensor's own precision, the sum of rows in float64."""
-    rows = values.reshape(len(values), -1).square().sum(1)
-    return rows.sum(dtype=torch.float64)
-
-
-def _sum_of_squares(values: Tensor) -> float:
-    return float(_sum_of_squares_tensor(values))
+    def alignment_scores(self) -> Tensor | None:
+        """<w, d> of this shard's features, (n_local,); None for a transcoder, whose score is undefined."""
+        if self.plan.target is not None:
+            return None
+        return alignment_scores(self.parameters.W_enc_rows, self.parameters.W_dec)

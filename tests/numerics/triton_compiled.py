@@ -1,0 +1,91 @@
+"""Every Triton kernel compiles to machine code, for which no GPU is needed: the interpreter accepts more than GPUs do.
+
+Run by test_triton.py. By hand: pytest tests/numerics/triton_compiled.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gnomon.specs import Alignment
+from gnomon_workers.kernels import triton_encoder, triton_sparse, triton_update
+
+AMPERE, HOPPER = 80, 90
+INT64 = {"order_ptr", "touched_ptr", "offsets_ptr", "tokens_ptr", "rows_ptr"}
+INT32 = {"counts_ptr", "features_ptr", "slots_ptr"}
+FLOAT32 = {"rate", "take1", "keep2", "take2", "eps", "root_correction"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile, whatever earlier runs have left."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def type_of(argument: str) -> str:
+    """Triton's name of an argument's type, by the names that the kernels use."""
+    if argument.endswith("_ptr"):
+        return "*i64" if argument in INT64 else "*i32" if argument in INT32 else "*fp32"
+    return "fp32" if argument in FLOAT32 else "i32"
+
+
+def compiled(kernel: Any, capability: int, options: dict[str, Any], **types: str) -> Any:
+    """Machine code of a kernel, launched with the given options; pointers and widths are multiples of 16."""
+    launch = {"num_warps": options.pop("num_warps"), "num_stages": options.pop("num_stages", 3)}
+    names = [name for name in kernel.arg_names if name not in options]
+    signature = {name: types.get(name, type_of(name)) for name in names} | dict.fromkeys(options, "constexpr")
+    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("d_")]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs=options,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+
+
+def encoder_kernel(name: str, tile: triton_encoder.Tile, capability: int) -> Any:
+    """An ending of the encoder's product in bfloat16."""
+    extra = {"WIDTH": triton_encoder.GROUP} if name == "_maxima_kernel" else {}
+    return compiled(
+        getattr(triton_encoder, name),
+        capability,
+        triton_encoder.options_of(tile, is_interpreted=False) | extra,
+        x=f"tensordesc<bf16[{tile.tokens},{tile.depth}]>",
+        w=f"tensordesc<bf16[{tile.features},{tile.depth}]>",
+    )
+
+
+@pytest.mark.parametrize("name", ["_write_kernel", "_maxima_kernel", "_append_kernel"])
+def test_encoder_kernels_use_the_tensor_cores(name: str) -> None:
+    """On Hopper with factors copied to shared memory by the copy engine, and room for that in shared memory."""
+    hopper = encoder_kernel(name, triton_encoder.TILES[torch.bfloat16], HOPPER)
+    assert "wgmma" in hopper.asm["ptx"] and "cp.async.bulk.tensor" in hopper.asm["ptx"]
+    assert hopper.metadata.shared <= 227 * 1024
+    ampere = encoder_kernel(name, triton_encoder.SMALL_TILE, AMPERE)
+    assert "mma.sync" in ampere.asm["ptx"]
+    assert ampere.metadata.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("rule", get_args(Alignment))
+def test_row_kernels_load_and_store_by_sixteen_bytes(rule: Alignment) -> None:
+    options = {"COLUMNS": 4096, "ALIGNMENT": rule, "num_warps": 8}
+    gradient = compiled(triton_update._gradient_kernel, HOPPER, options | {"PICKS": triton_update.PICKS_AT_ONCE})
+    update = compiled(triton_update._update_kernel, HOPPER, options | {"HAS_COPY": True}, copy_ptr="*bf16")
+    for kernel in (gradient, update):
+        assert "ld.global.v4" in kernel.asm["ptx"] and "st.global.v4" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("kernel", [triton_sparse._segment_kernel, triton_sparse._sampled_kernel])
+def test_sparse_kernels_load_by_sixteen_bytes(kernel: Any) -> None:
+    options = {"COLUMNS": triton_sparse.MAX_COLUMNS, "PICKS": triton_sparse.PICKS_AT_ONCE, "num_warps": 4}
+    assert "ld.global.v4" in compiled(kernel, HOPPER, options).asm["ptx"]

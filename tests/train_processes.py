@@ -1,0 +1,193 @@
+"""A training gang without Ray: the ranks of `TrainRank`, forked from a process that has imported everything already.
+
+A gang of four starts in a second instead of ten, so that a test can kill it dozens of times.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from gnomon.specs import Activation, Adam, AuxK, BatchTopK, Mesh, StoredActivations, TrainSpec
+from gnomon_storage.location import Location
+from gnomon_workers import failpoints
+from gnomon_workers.train.checkpoints import Checkpoint, committed_checkpoints, latest_checkpoint
+from gnomon_workers.train.plan import TrainPlan, make_plan
+from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
+from tests.stores import HOOK
+
+STORE_ID = "act_" + "1" * 32
+BATCH = 64
+DEADLINE_S = 60.0
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What became of one attempt."""
+
+    killed: list[int] = field(default_factory=list)
+    """Ranks that ended by SIGKILL before the gang was ended."""
+    error: dict[str, Any] = field(default_factory=dict)
+    """What a rank returned, if it was an error."""
+    finished: bool = False
+    reports: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss by step."""
+        return {data["step"]: data["loss"] for kind, data in self.reports if kind == "metrics"}
+
+
+class PipedRank(TrainRank):
+    """A rank whose reports outlive it."""
+
+    def __init__(self, rank: int, pipe: Connection) -> None:
+        super().__init__(rank)
+        self._pipe = pipe
+
+    def _report(self, kind: Any, **data: Any) -> None:
+        if self._rank == 0:
+            self._pipe.send((kind, data))
+
+
+def _serve(rank: int, task: RankTask, address: str, points: str, log: Path, pipe: Connection) -> None:
+    # what the survivors of a kill have to say is of interest only where a test fails
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ[failpoints.VARIABLE] = points
+    os.environ["OMP_NUM_THREADS"] = "1"
+    error = PipedRank(rank, pipe).run(task, address)
+    pipe.send(("end", dict(error)))
+
+
+def plan_for(
+    n_steps: int,
+    *,
+    mesh: Mesh | None = None,
+    checkpoint_every: int = 10,
+    activation: Activation | None = None,
+) -> TrainPlan:
+    """A plan for the made-up store, whose rows have a mean square near 1 after scaling."""
+    mesh = mesh or Mesh(dp=2, features=2)
+    spec = TrainSpec(
+        activations=StoredActivations(id=STORE_ID),
+        d_sae=64,
+        activation=activation or BatchTopK(k=4, aux=AuxK(k=4)),
+        batch_size=BATCH,
+        token_budget=BATCH * n_steps,
+        mesh=mesh,
+        optimizer=Adam(lr=5e-3),
+        dead_after_tokens=200,
+        log_every=1,
+        checkpoint_every=checkpoint_every,
+    )
+    return make_plan(spec, d_in=16, mesh=mesh, mean_squared_norm=1.0)
+
+
+def task_for(root: Path, folder: str, plan: TrainPlan, attempt: int) -> RankTask:
+    """What the ranks of one attempt are told, as the job's supervisor tells them."""
+    base = Location.open(f"file://{root}")
+    resume, damaged = latest_checkpoint(base.child(folder))
+    assert not damaged, damaged
+    return RankTask(
+        learners=(LearnerTask(plan=plan, checkpoints=base.child(folder).url, resume=resume),),
+        attempt=attempt,
+        hook_names=(HOOK,),
+        store=base.child("activations", STORE_ID).url,
+        profile=base.child(f"{folder}-profile.json.gz").url,
+        profile_steps=0,
+    )
+
+
+class ProcessGang:
+    """Runs attempts of one training, and ends all of its ranks when one ends badly."""
+
+    def __init__(self, root: Path, folder: str, plan: TrainPlan) -> None:
+        self._root = root
+        self._folder = folder
+        self._plan = plan
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        self.n_attempts = 0
+
+    @property
+    def checkpoints(self) -> Location:
+        """Where the training saves itself."""
+        return Location.open(f"file://{self._root}").child(self._folder)
+
+    def final(self) -> Checkpoint:
+        """The last committed checkpoint."""
+        return next(committed_checkpoints(self.checkpoints))
+
+    def run(self, points: str = "", on_step: Callable[[int, list[int]], None] = lambda _step, _pids: None) -> Attempt:
+        """One attempt, from the last checkpoint; on_step(step, pids) is told of every step that rank 0 made."""
+        self.n_attempts += 1
+        task = task_for(self._root, self._folder, self._plan, self.n_attempts)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        log = self._root / f"{self._folder}.log"
+        pipes, processes = [], []
+        for rank in range(self._plan.dp * self._plan.features):
+            ours, theirs = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=_serve, args=(rank, task, address, points, log, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        attempt = Attempt()
+        try:
+            self._follow(attempt, pipes, processes, on_step)
+        finally:
+            attempt.killed = [r for r, p in enumerate(processes) if p.exitcode == -signal.SIGKILL]
+            for process in processes:
+                process.kill()
+                process.join(DEADLINE_S)
+            while _read(pipes[0], attempt):
+                pass
+            for pipe in pipes:
+                pipe.close()
+        return attempt
+
+    def _follow(self, attempt: Attempt, pipes: list[Connection], processes: list[Any], on_step: Any) -> None:
+        pids = [process.pid for process in processes]
+        ended: set[int] = set()
+        deadline = time.monotonic() + DEADLINE_S
+        while len(ended) < len(processes):
+            assert time.monotonic() < deadline, f"nothing happens; last report {attempt.reports[-1:]}"
+            ready = wait([*pipes, *(p.sentinel for p in processes)], timeout=1.0)
+            for rank, pipe in enumerate(pipes):
+                if pipe in ready and (said := _read(pipe, attempt)):
+                    deadline = time.monotonic() + DEADLINE_S
+                    kind, data = said
+                    if kind == "end":
+                        ended.add(rank)
+                        attempt.error = attempt.error or data
+                    elif kind == "metrics":
+                        on_step(data["step"], pids)
+            if attempt.error:
+                return
+            dead = [r for r, p in enumerate(processes) if p.exitcode is not None and r not in ended]
+            if any(processes[r].exitcode == -signal.SIGKILL for r in dead):
+                return
+        attempt.finished = True
+
+
+def _read(pipe: Connection, attempt: Attempt) -> tuple[str, dict[str, Any]] | None:
+    """The next thing that a rank said, or None where it can say no more."""
+    try:
+        if not pipe.poll():
+            return None
+        kind, data = pipe.recv()
+    except (EOFError, OSError):  # killed, perhaps in the middle of a word
+        return None
+    if kind != "end":
+        attempt.reports.append((kind, data))
+    return kind, data

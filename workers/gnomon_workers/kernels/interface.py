@@ -1,0 +1,74 @@
+"""What a set of kernels can do; the step and the variants use nothing else for the products that take the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gnomon.specs import Alignment
+from gnomon_workers.sae.encoder import PreActivations
+from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.selection import Candidates
+from gnomon_workers.sae.sparse import FeatureSegments, Picks
+from gnomon_workers.train.optimizer import AdamState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowGradients:
+    """Gradients of a shard's features, those of features without a pick left out."""
+
+    touched: Tensor
+    """(n_touched,) features that have a gradient, ascending."""
+    encoder: Tensor
+    """(n_touched, d_in), after the alignment hook; the decoder's own where the two are tied."""
+    decoder: Tensor
+    """(n_touched, d_out), after the alignment hook."""
+    vectors: dict[str, Tensor]
+    """Gradients of b_enc, b_dec and what the variant trains besides, each whole."""
+    through_encoder: Tensor
+    """(d_in,) sum over features of dL/d(projection) times the encoder row, with which the input bias is pulled."""
+
+    def square_sums(self) -> dict[str, Tensor]:
+        """Sum of squares of every gradient, float64 scalars, by the names of Parameters.tensors()."""
+        matrices = {"W_dec": self.decoder} | ({"W_enc_rows": self.encoder} if self.encoder is not self.decoder else {})
+        sums = {name: torch.linalg.vector_norm(rows, dim=1).double().square().sum() for name, rows in matrices.items()}
+        return sums | {name: vector.double().square().sum() for name, vector in self.vectors.items()}
+
+
+class WeightUpdate(Protocol):
+    """Moves the features of one shard."""
+
+    def gradients(
+        self, sparse: SparseGradient, segments: FeatureSegments, vectors: dict[str, Tensor], projections: Tensor
+    ) -> RowGradients:
+        """Gradients of the features that have picks, after the alignment hook, in buffers that are used again.
+
+        segments are the picks by feature; vectors is passed on; projections is (n_local,), the sum over tokens of
+        dL/d(projection).
+        """
+
+    def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
+        """One step of Adam down gradients * clip_scale, then retraction.
+
+        Returns the smallest <v, d> of the shard where the alignment divides by it.
+        """
+
+
+class Kernels(Protocol):
+    """The products of a step. Inputs and masters are float32; float64 works where the implementation says so."""
+
+    def local_topk(self, pre: PreActivations, k: int) -> Candidates:
+        """The k largest positive pre-activations of every token in this shard, ties to the lowest index."""
+
+    def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
+        """Sum of the picked decoder rows weighted by their activations, (tokens, d_out), without b_dec."""
+
+    def activation_gradients(self, picks: Picks, residual_gradients: Tensor, W_dec: Tensor) -> Tensor:
+        """<row of residual_gradients of its token, its row of W_dec> of every pick, (nnz,)."""
+
+    def weight_update(self, parameters: Parameters, optimizer: AdamState, alignment: Alignment) -> WeightUpdate:
+        """What sums gradients of features and moves them."""

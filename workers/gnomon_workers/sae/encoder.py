@@ -1,0 +1,87 @@
+"""The encoder product, in float32 or, where the hardware is fast at it, in bfloat16 with float32 masters."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from gnomon_workers.parallel.clock import StepClock
+from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.sae.parameters import Parameters
+
+MIN_PRODUCTS: Final = 1 << 30
+"""Multiplications in an encoder product below which "auto" stays in float32: there is little to gain."""
+
+
+class Encoder:
+    """Computes pre-activations into a buffer that is used again at every step.
+
+    In bfloat16 the choice of features is that of the bfloat16 product, ties to the lowest index; what the chosen ones
+    are worth is then computed in float32, so that neither the reconstruction nor a gradient is of lower precision.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._hidden_pre = torch.empty(0)
+        self._weights = torch.empty(0)
+
+    def __call__(self, inputs: Tensor, parameters: Parameters) -> Tensor:
+        """Pre-activations (tokens, n_local) of inputs (tokens, d_in), valid until the next call."""
+        dtype = self.dtype if inputs.dtype == torch.float32 else inputs.dtype
+        weights, shape = parameters.W_enc_rows, (len(inputs), parameters.n_local)
+        if self._hidden_pre.shape != shape:
+            self._hidden_pre = inputs.new_empty(shape, dtype=dtype)
+        if dtype != inputs.dtype:
+            if self._weights.shape != weights.shape:
+                self._weights = torch.empty_like(weights, dtype=dtype)
+            weights = self._weights.copy_(weights)
+        return torch.addmm(parameters.b_enc.to(dtype), inputs.to(dtype), weights.t(), out=self._hidden_pre)
+
+
+class PreActivations:
+    """The pre-activations of a batch, computed when and if somebody needs them whole."""
+
+    def __init__(self, encoder: Encoder, inputs: Tensor, parameters: Parameters, clock: StepClock) -> None:
+        """inputs is (tokens, d_in)."""
+        self.inputs = inputs
+        self.parameters = parameters
+        self._encoder = encoder
+        self._clock = clock
+        self._dense: Tensor | None = None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether features are chosen by products of rounded factors, so that what they are worth must be computed."""
+        return self._encoder.dtype == torch.bfloat16 and self.inputs.dtype == torch.float32
+
+    def dense(self) -> Tensor:
+        """(tokens, n_local), in the encoder's dtype."""
+        if self._dense is None:
+            with self._clock.section("gemm"):
+                self._dense = self._encoder(self.inputs, self.parameters)
+        return self._dense
+
+
+def choose_encoder_dtype(
+    wanted: Literal["auto", "float32", "bfloat16"], *, n_products: int, device: torch.device, mesh: ProcessMesh
+) -> torch.dtype:
+    """The dtype of the encoder product, the same on every rank; n_products = batch * d_in * d_sae.
+
+    "auto" is bfloat16 where every rank's hardware is fast at it, and the product is large enough to be worth it: by
+    the size of the whole, for a choice that depended on the shard would depend on the mesh.
+    """
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if n_products < MIN_PRODUCTS:
+        return torch.float32
+    fast = mesh.all_gather(torch.tensor([is_fast_in_bfloat16(device)], device=device), "world")
+    return torch.bfloat16 if bool(torch.cat(fast).all()) else torch.float32
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

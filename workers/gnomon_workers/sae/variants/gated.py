@@ -1,0 +1,106 @@
+"""Gated: a gate decides which features are active, a magnitude how strongly (Rajamanoharan et al. 2024,
+arXiv:2404.16014).
+
+With p = <w, x - b_dec> the projection on the aligned encoder,
+
+    pi_gate = exp(-r_mag) p + b_gate      pi_mag = p + b_enc      f = H(pi_gate) relu(pi_mag)
+    loss = |x - x_hat|^2 + lambda sum relu(pi_gate) + |x - x_frozen(relu(pi_gate))|^2
+
+where x_frozen decodes with a decoder and b_dec that take no gradient from it. The source scales the gate's encoder
+by exp(r_mag) to get the magnitude's; here the magnitude's is the one that is stored, because alignment belongs to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gnomon.specs import Gated
+from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.sparse import Picks
+from gnomon_workers.sae.variants.base import (
+    Batch,
+    Setting,
+    Terms,
+    picks_where,
+    residual_of,
+    sum_of_squares,
+    warm,
+    with_values,
+)
+from gnomon_workers.sae.variants.relu import penalty_warmup
+
+
+class GatedVariant:
+    """b_enc is the magnitude's bias; b_gate and r_mag are vectors of their own."""
+
+    def __init__(self, activation: Gated, setting: Setting) -> None:
+        self._coefficient = activation.l1_coefficient
+        self._batch_size = setting.batch_size
+        self._warmup_steps = penalty_warmup(activation.warmup_steps, setting)
+
+    def initial_vectors(self) -> dict[str, float]:
+        """Gate and magnitude start equal."""
+        return {"b_gate": 0.0, "r_mag": 0.0}
+
+    def initial_state(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def projection_gradients(self, grads: dict[str, Tensor], parameters: Parameters) -> Tensor:
+        """The projection enters the magnitude as it is, and the gate times exp(-r_mag)."""
+        return grads["b_enc"] + torch.exp(-parameters.vectors["r_mag"]) * grads["b_gate"]
+
+    def select(self, batch: Batch) -> Picks:
+        """Open gates with a positive magnitude."""
+        return picks_where(batch.hidden_pre, (_gates(batch.hidden_pre, batch.parameters) > 0) & (batch.hidden_pre > 0))
+
+    def terms(self, batch: Batch) -> Terms:
+        """Squared error, penalty and the gate's own reconstruction; picks are all open gates."""
+        params = batch.parameters
+        gates = _gates(batch.hidden_pre, params)
+        is_open = gates > 0
+        gate = picks_where(gates, is_open)
+        magnitude = batch.hidden_pre[is_open]
+        picks = with_values(gate, magnitude.relu())
+        residual, auxiliary = residual_of(picks, batch), residual_of(gate, batch)
+        loss, aux_loss = (sum_of_squares(r) / self._batch_size for r in (residual, auxiliary))
+        coefficient = self._coefficient * warm(batch.step, self._warmup_steps)
+        total = batch.mesh.all_reduce(gate.values.sum(dtype=torch.float64), "features")
+        penalty = coefficient * total / self._batch_size
+        to_gate = batch.kernels.activation_gradients(gate, auxiliary.mul_(2 / self._batch_size), params.W_dec)
+        gradient = self._gradient(picks, batch, residual.mul_(2 / self._batch_size), to_gate, coefficient)
+        return Terms(
+            gradient=gradient,
+            n_active=int((picks.values > 0).sum()),
+            sums={"loss": loss, "objective": loss + penalty + aux_loss, "penalty": penalty, "aux_loss": aux_loss},
+            state=batch.state,
+        )
+
+    def _gradient(
+        self, picks: Picks, batch: Batch, residual_gradients: Tensor, to_gate: Tensor, coefficient: float
+    ) -> SparseGradient:
+        params = batch.parameters
+        to_gate += coefficient / self._batch_size
+        to_magnitude = batch.kernels.activation_gradients(picks, residual_gradients, params.W_dec) * (picks.values > 0)
+        scaled = torch.exp(-params.vectors["r_mag"])[picks.features] * to_gate
+        tokens = picks.token_indices()
+        projection = batch.hidden_pre[tokens, picks.features] - params.b_enc[picks.features]
+        return SparseGradient(
+            features=picks.features,
+            tokens=tokens,
+            rows=tokens,
+            values=picks.values,
+            gradients=to_magnitude + scaled,
+            vector_gradients={"b_enc": to_magnitude, "b_gate": to_gate, "r_mag": -scaled * projection},
+            encoder_inputs=batch.encoder_inputs,
+            residual_gradients=residual_gradients,
+            only_active=False,
+        )
+
+
+def _gates(hidden_pre: Tensor, parameters: Parameters) -> Tensor:
+    """pi_gate of every feature, (tokens, n_local); hidden_pre is pi_mag."""
+    vectors = parameters.vectors
+    return (hidden_pre - parameters.b_enc) * torch.exp(-vectors["r_mag"]) + vectors["b_gate"]

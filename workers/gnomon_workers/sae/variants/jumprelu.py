@@ -1,0 +1,94 @@
+"""JumpReLU: features above a threshold that each learns (Rajamanoharan et al. 2024, arXiv:2407.14435).
+
+    f = pre * H(pre - theta),  loss = |x - x_hat|^2 + lambda L0,  or + lambda (L0 / L0* - 1)^2
+
+with L0 the mean number of active features. H has no useful gradient, so theta learns through a straight-through
+estimator: a rectangle K of width eps,
+
+    df/dtheta = -(theta / eps) K((pre - theta) / eps),    dH/dtheta = -(1 / eps) K((pre - theta) / eps)
+
+theta is kept as its logarithm, which keeps it positive, in float32: in bfloat16 steps of it would round away.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gnomon.specs import JumpReLU
+from gnomon_workers.sae.sparse import Picks
+from gnomon_workers.sae.variants.base import (
+    Batch,
+    PlainVariant,
+    Setting,
+    Terms,
+    picks_where,
+    plain_gradient,
+    residual_of,
+    sum_of_squares,
+    warm,
+    with_values,
+)
+
+
+class JumpReLUVariant(PlainVariant):
+    """A threshold for each feature, trained with the rest."""
+
+    def __init__(self, activation: JumpReLU, setting: Setting) -> None:
+        self._activation = activation
+        self._batch_size = setting.batch_size
+        default = 0.001 if activation.target_l0 is None else 1.0
+        self._coefficient = activation.l0_coefficient if activation.l0_coefficient is not None else default
+        short = min(10_000, setting.n_steps // 4)
+        self._warmup_steps = activation.warmup_steps if activation.warmup_steps is not None else short
+
+    def initial_vectors(self) -> dict[str, float]:
+        """log_threshold, the natural logarithm of theta."""
+        return {"log_threshold": math.log(self._activation.initial_threshold)}
+
+    def select(self, batch: Batch) -> Picks:
+        """What exceeds its threshold."""
+        thresholds = batch.parameters.vectors["log_threshold"].exp()
+        return picks_where(batch.hidden_pre, batch.hidden_pre > thresholds)
+
+    def terms(self, batch: Batch) -> Terms:
+        """Squared error and the penalty on L0; picks include what lies in the window below the threshold."""
+        half = self._activation.bandwidth / 2
+        thresholds = batch.parameters.vectors["log_threshold"].exp()
+        near = picks_where(batch.hidden_pre, batch.hidden_pre > thresholds - half)
+        threshold = thresholds[near.features]
+        is_active = near.values > threshold
+        picks = with_values(near, near.values * is_active)
+        residual = residual_of(picks, batch)
+        loss = sum_of_squares(residual) / self._batch_size
+        n_active = is_active.sum()
+        penalty, slope = self._penalty(n_active, batch)
+        gradient = plain_gradient(picks, batch, residual.mul_(2 / self._batch_size))
+        in_window = near.values < threshold + half
+        pull = in_window * (threshold * gradient.gradients + slope) / self._activation.bandwidth
+        return Terms(
+            gradient=replace(
+                gradient,
+                gradients=gradient.gradients * is_active,
+                # d(theta)/d(log theta) = theta
+                vector_gradients={"log_threshold": -threshold * pull},
+                only_active=False,
+            ),
+            n_active=int(n_active),
+            sums={"loss": loss, "objective": loss + penalty, "penalty": penalty},
+            state=batch.state,
+        )
+
+    def _penalty(self, n_active: Tensor, batch: Batch) -> tuple[Tensor, float]:
+        """The penalty, as this replica's share of it, and its derivative by the number of active entries."""
+        coefficient = self._coefficient * warm(batch.step, self._warmup_steps)
+        n_active = batch.mesh.all_reduce(n_active.clone(), "features")
+        target = self._activation.target_l0
+        if target is None:
+            return coefficient * n_active.double() / self._batch_size, coefficient / self._batch_size
+        excess = int(batch.mesh.all_reduce(n_active, "dp")) / self._batch_size / target - 1
+        penalty = torch.tensor(coefficient * excess**2 / batch.mesh.dp, dtype=torch.float64, device=n_active.device)
+        return penalty, 2 * coefficient * excess / (target * self._batch_size)

@@ -1,0 +1,53 @@
+"""A trace of some training steps, for chrome://tracing or Perfetto."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from gnomon_storage.backends import mapped_errors
+from gnomon_storage.location import Location
+
+SKIPPED_STEPS: Final = 10
+"""Steps of an attempt before the trace: the first ones allocate, compile and fill caches."""
+
+
+class StepProfile:
+    """Records n_steps steps of an attempt, from its 11th on, and uploads them; does nothing where n_steps is 0."""
+
+    def __init__(self, place: Location, n_steps: int, *, first_step: int, report: Callable[..., None]) -> None:
+        """The trace goes to `place`, and report("profile", ...) says so; the run begins at first_step."""
+        self._place = place
+        self._start = first_step + SKIPPED_STEPS
+        self._stop = self._start + n_steps
+        self._report = report
+        self._profile: Any = None
+
+    def before(self, step: int) -> None:
+        """Told of every step before it is made; tracing slows the steps that are recorded."""
+        if step == self._start < self._stop:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+        elif step == self._stop:
+            self.finish(step)
+
+    def finish(self, step: int) -> None:
+        """Write what was recorded of the steps before `step`; for runs that end early, too."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        with tempfile.TemporaryDirectory(prefix="gnomon-profile-") as temp:
+            local = Path(temp) / "trace.json.gz"
+            with mapped_errors(str(local)):
+                self._profile.export_chrome_trace(str(local))
+            self._place.upload(local)
+        self._profile = None
+        self._report("profile", url=self._place.url, first_step=self._start, n_steps=step - self._start)
