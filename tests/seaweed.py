@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import socket
 import subprocess
@@ -15,8 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
+
+from gnomon_storage.location import _backend_for
 
 ACCESS_KEY = "gnomon-test"
 SECRET_KEY = "gnomon-test-secret"
@@ -80,17 +82,13 @@ def _tail(log: BinaryIO) -> str:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
+    """Set environment variables for a while, and forget the connections that were made under others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        _backend_for.cache_clear()
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    _backend_for.cache_clear()
 
 
 def new_place() -> str:

@@ -32,8 +32,10 @@ class ObjectBackend(Backend):
     stream_bytes: ClassVar[int] = 4 << 20
 
     def __init__(self, scheme: str, bucket: str) -> None:
-        # Its signatures know the schemes only one by one.
-        super().__init__(cast("Any", FsspecStore)(scheme, **_options()), OBJECT_STORES[scheme])
+        # Its signatures know the schemes only one by one. fsspec would give out one instance for ever, with the
+        # endpoint and keys of its first day, whatever the environment has become since.
+        file_system = cast("Any", FsspecStore)(scheme, skip_instance_cache=True, **_options())
+        super().__init__(file_system, OBJECT_STORES[scheme])
         self._url = f"{scheme}://{bucket}"
         self._bucket = bucket
         self._store = from_url(self._url, **_options())
