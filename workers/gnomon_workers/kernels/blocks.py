@@ -78,10 +78,7 @@ class BlockedUpdate:
     def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
         """Adam and retraction of a block of features while it is in the cache."""
         optimizer = self._optimizer
-        optimizer.n_steps.add_(1)
-        names = list(gradients.vectors)
-        small = [gradients.vectors[name] * clip_scale for name in names]
-        optimizer.move([optimizer.rows(name, 0, len(g)) for name, g in zip(names, small, strict=True)], small, lr)
+        optimizer.begin(gradients.vectors, lr=lr, clip_scale=clip_scale)
         smallest: list[Tensor] = []
         for start, stop, first, last in self._blocks(gradients.touched):
             self._move_block(gradients, slice(start, stop), slice(first, last), lr, clip_scale)

@@ -145,10 +145,7 @@ class TritonUpdate:
     def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
         """Clip, Adam and retraction of a row in one program."""
         optimizer = self._optimizer
-        optimizer.n_steps.add_(1)
-        names = list(gradients.vectors)
-        small = [gradients.vectors[name] * clip_scale for name in names]
-        optimizer.move([optimizer.rows(name, 0, len(g)) for name, g in zip(names, small, strict=True)], small, lr)
+        optimizer.begin(gradients.vectors, lr=lr, clip_scale=clip_scale)
         adam = AdamStep(
             number=int(optimizer.n_steps),
             lr=lr,

@@ -6,7 +6,7 @@ others from their owners.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -57,8 +57,14 @@ class AdamState:
         moments = slice(start - first_row, stop - first_row)
         return self.params[name][start:stop], self.first[name][moments], self.second[name][moments]
 
+    def begin(self, vectors: Mapping[str, Tensor], *, lr: float, clip_scale: float) -> None:
+        """Count a step, and move the vectors, which every replica moves whole, down their gradients * clip_scale."""
+        self.n_steps.add_(1)
+        grads = [gradient * clip_scale for gradient in vectors.values()]
+        self.move([self.rows(name, 0, len(gradient)) for name, gradient in vectors.items()], grads, lr)
+
     def move(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], grads: Sequence[Tensor], lr: float) -> None:
-        """One step down the gradients for (parameter, first, second) triples; n_steps must count it already."""
+        """One step down the gradients for (parameter, first, second) triples; `begin` must have counted it."""
         params, first, second = (list(column) for column in zip(*rows, strict=True))
         # The kernel itself: torch.optim's way to it costs more than the work of a block of rows.
         torch._fused_adam_(

@@ -15,34 +15,21 @@ import torch
 from torch import Tensor
 
 from gnomon.specs import Matryoshka
-from gnomon_workers.parallel.select import BatchTopKSelector
 from gnomon_workers.sae.arrays import offsets_of
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.parameters import Parameters
 from gnomon_workers.sae.sparse import Picks
-from gnomon_workers.sae.variants.auxk import Auxiliary
-from gnomon_workers.sae.variants.base import Batch, PlainVariant, Setting, Terms, float32_values, sum_of_squares
-from gnomon_workers.sae.variants.topk import moved_threshold
+from gnomon_workers.sae.variants.base import Batch, Setting, Terms, float32_values, sum_of_squares
+from gnomon_workers.sae.variants.topk import BatchTopKVariant, moved_threshold
 
 
-class MatryoshkaVariant(PlainVariant):
+class MatryoshkaVariant(BatchTopKVariant):
     """Selection and threshold as for BatchTopK; the loss is the mean over nested prefixes."""
 
     def __init__(self, activation: Matryoshka, setting: Setting) -> None:
-        self._n_keep = activation.k * setting.batch_size
+        super().__init__(activation, setting)
         self._batch_size = setting.batch_size
-        self._beta = activation.threshold_beta
         self._bounds = activation.group_bounds(setting.d_sae)
-        self._selector = BatchTopKSelector()
-        self._auxiliary = Auxiliary.create(activation.aux, setting)
-
-    def initial_state(self) -> dict[str, float]:
-        """The threshold, as for BatchTopK."""
-        return {"threshold": 0.0}
-
-    def select(self, batch: Batch) -> Picks:
-        """Exact over tokens, shards and replicas."""
-        return self._selector.select(batch.hidden_pre, self._n_keep, batch.mesh)[0]
 
     def terms(self, batch: Batch) -> Terms:
         """The mean over prefixes of the squared error; "loss" is that of the whole dictionary."""

@@ -5,7 +5,7 @@ Sources: Gao et al. 2024, arXiv:2406.04093; Bussmann et al. 2024, arXiv:2412.064
 
 from __future__ import annotations
 
-from gnomon.specs import BatchTopK, TopK
+from gnomon.specs import BatchTopK, Matryoshka, TopK
 from gnomon_workers.parallel.select import BatchTopKSelector, topk_of
 from gnomon_workers.sae.sparse import Picks
 from gnomon_workers.sae.variants.auxk import Auxiliary
@@ -58,7 +58,7 @@ class TopKVariant(PlainVariant):
 class BatchTopKVariant(PlainVariant):
     """The k * batch largest of the whole batch, and a running mean of the smallest as the threshold of inference."""
 
-    def __init__(self, activation: BatchTopK, setting: Setting) -> None:
+    def __init__(self, activation: BatchTopK | Matryoshka, setting: Setting) -> None:
         self._n_keep = activation.k * setting.batch_size
         self._beta = activation.threshold_beta
         self._selector = BatchTopKSelector()
