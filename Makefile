@@ -1,4 +1,4 @@
-# The four commands of this repository: make demo, make test, make check, make venv.
+# The commands of this repository: make demo, make test, make check, make venv, make gpu-check.
 # Another interpreter or place for the environment: make PYTHON=python3.12 VENV=/tmp/gnomon venv
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ SAELENS := $(SAELENS_VENV)/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format saelens clean
+.PHONY: help venv demo test check format saelens gpu-check clean
 
 help:
 	@echo "make demo     train a small dictionary of a real language model on this machine, end to end"
@@ -19,6 +19,7 @@ help:
 	@echo "make check    lint, types, import graph"
 	@echo "make format   rewrite the code the way make check wants it"
 	@echo "make saelens  an environment of its own with sae-lens, against which exports are tested"
+	@echo "make gpu-check  is it right on this GPU, and how fast? Needs torch and triton in $(PYTHON), and no environment"
 	@echo "make venv     the environment that all of the above use, in $(VENV)"
 
 venv: $(VENV)/.dev
@@ -62,6 +63,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_import_graph.py
+
+# From a bare checkout: whatever python has torch, triton, numpy, pydantic and safetensors will do.
+gpu-check:
+	$(PYTHON) -W ignore benchmarks/gpu_check.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -18,13 +18,16 @@ def make_sparsify(config: Any) -> Step:
     from sparsify import SparseCoder, SparseCoderConfig
 
     torch.manual_seed(config.seed)
-    sae = SparseCoder(config.d, SparseCoderConfig(num_latents=config.n, k=config.k), dtype=torch.float32)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
-    n_since_fired = torch.zeros(config.n, dtype=torch.int64)
+    device = getattr(config, "device", "cpu")
+    sizes = SparseCoderConfig(num_latents=config.n, k=config.k)
+    sae = SparseCoder(config.d, sizes, device=device, dtype=torch.float32)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=device != "cpu")
+    n_since_fired = torch.zeros(config.n, dtype=torch.int64, device=device)
 
     def step(x: Tensor) -> None:
         sae.set_decoder_norm_to_unit_norm()
-        out = sae(x=x, y=x)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):  # as its trainer does on a GPU
+            out = sae(x=x, y=x)
         out.fvu.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()

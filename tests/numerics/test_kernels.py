@@ -41,7 +41,7 @@ def test_every_alignment_moves_as_with_the_dense_kernels(alignment: Alignment) -
 
 
 def test_kernels_that_cannot_run_are_refused() -> None:
-    assert isinstance(choose_kernels("auto", CPU, torch.float32), SparseKernels)
+    assert isinstance(choose_kernels("auto", CPU), SparseKernels)
     with pytest.raises(InvalidRequest, match="needs a CUDA device") as refused:
-        choose_kernels("triton", CPU, torch.float32)
+        choose_kernels("triton", CPU)
     assert refused.value.code == "kernels_unavailable"

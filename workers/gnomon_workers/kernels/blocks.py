@@ -75,7 +75,9 @@ class BlockedUpdate:
             through_encoder=through_encoder,
         )
 
-    def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
+    def apply(
+        self, gradients: RowGradients, *, lr: float, clip_scale: float, encoder_copy: Tensor | None = None
+    ) -> Tensor | None:
         """Adam and retraction of a block of features while it is in the cache."""
         optimizer = self._optimizer
         optimizer.begin(gradients.vectors, lr=lr, clip_scale=clip_scale)
@@ -85,6 +87,8 @@ class BlockedUpdate:
             w, d = self._parameters.W_enc_rows[start:stop], self._parameters.W_dec[start:stop]
             scale = self._rule.retract(w, d)
             smallest += [scale] if scale is not None else []
+            if encoder_copy is not None:
+                encoder_copy[start:stop] = w
         return torch.stack(smallest).min() if smallest else None
 
     def _project(self, g: Tensor, h: Tensor, w: Tensor, features: Tensor) -> None:

@@ -13,9 +13,7 @@ from gnomon_workers.kernels.sparse import SparseKernels
 from gnomon_workers.kernels.triton_probe import triton_available
 
 
-def choose_kernels(
-    wanted: Literal["auto", "reference", "sparse", "triton"], device: torch.device, encoder_dtype: torch.dtype
-) -> Kernels:
+def choose_kernels(wanted: Literal["auto", "reference", "sparse", "triton"], device: torch.device) -> Kernels:
     """The kernels asked for; "auto" is Triton's on CUDA and the sparse ones elsewhere.
 
     Raises InvalidRequest ("kernels_unavailable") where Triton's are asked for and cannot run.
@@ -32,5 +30,5 @@ def choose_kernels(
     if wanted == "triton" or (wanted == "auto" and device.type == "cuda" and has_triton):
         from gnomon_workers.kernels.triton_kernels import TritonKernels
 
-        return TritonKernels(encoder_dtype)
+        return TritonKernels()
     return SparseKernels()

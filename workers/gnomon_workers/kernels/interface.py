@@ -31,12 +31,19 @@ class RowGradients:
     """Gradients of b_enc, b_dec and what the variant trains besides, each whole."""
     through_encoder: Tensor
     """(d_in,) sum over features of dL/d(projection) times the encoder row, with which the input bias is pulled."""
+    squares: Tensor | None = None
+    """(n_touched,) sum of the squares of a feature's row or rows, where they were at hand."""
 
     def square_sums(self) -> dict[str, Tensor]:
-        """Sum of squares of every gradient, float64 scalars, by the names of Parameters.tensors()."""
-        matrices = {"W_dec": self.decoder} | ({"W_enc_rows": self.encoder} if self.encoder is not self.decoder else {})
-        sums = {name: torch.linalg.vector_norm(rows, dim=1).double().square().sum() for name, rows in matrices.items()}
-        return sums | {name: vector.double().square().sum() for name, vector in self.vectors.items()}
+        """Sums of squares, float64 scalars: of the matrices' gradients together, and of each vector's by its name."""
+        squares = self.squares if self.squares is not None else self._row_squares()
+        vectors = {name: vector.double().square().sum() for name, vector in self.vectors.items()}
+        return {"rows": squares.sum(dtype=torch.float64), **vectors}
+
+    def _row_squares(self) -> Tensor:
+        matrices = [self.decoder] if self.encoder is self.decoder else [self.decoder, self.encoder]
+        norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in matrices])
+        return norms.double().square().sum(0)
 
 
 class WeightUpdate(Protocol):
@@ -51,10 +58,13 @@ class WeightUpdate(Protocol):
         dL/d(projection).
         """
 
-    def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
+    def apply(
+        self, gradients: RowGradients, *, lr: float, clip_scale: float, encoder_copy: Tensor | None = None
+    ) -> Tensor | None:
         """One step of Adam down gradients * clip_scale, then retraction.
 
-        Returns the smallest <v, d> of the shard where the alignment divides by it.
+        encoder_copy, (n_local, d_in) in another dtype, receives the new encoder rows of the features that are moved
+        here. Returns the smallest <v, d> of the shard where the alignment divides by it.
         """
 
 
@@ -63,6 +73,9 @@ class Kernels(Protocol):
 
     def local_topk(self, pre: PreActivations, k: int) -> Candidates:
         """The k largest positive pre-activations of every token in this shard, ties to the lowest index."""
+
+    def group_maxima(self, values: Tensor, width: int) -> Tensor:
+        """The largest of `width` neighbours, (tokens, n / width); where none is positive, something that is not."""
 
     def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
         """Sum of the picked decoder rows weighted by their activations, (tokens, d_out), without b_dec."""

@@ -27,6 +27,10 @@ class ReferenceKernels:
         tokens, features = mask.nonzero(as_tuple=True)
         return Candidates(tokens=tokens, features=features, values=hidden_pre[mask])
 
+    def group_maxima(self, values: Tensor, width: int) -> Tensor:
+        """As a dense maximum."""
+        return values.view(len(values), -1, width).amax(2)
+
     def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
         """Activations times decoder."""
         return _matrix(picks.token_indices(), picks.features, picks.values, (picks.n_tokens, len(W_dec))) @ W_dec
@@ -73,7 +77,9 @@ class ReferenceUpdate:
             through_encoder=projections @ params.W_enc_rows,
         )
 
-    def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
+    def apply(
+        self, gradients: RowGradients, *, lr: float, clip_scale: float, encoder_copy: Tensor | None = None
+    ) -> Tensor | None:
         """Adam, parameter by parameter, then retraction."""
         optimizer = self._optimizer
         optimizer.n_steps.add_(1)
@@ -88,7 +94,10 @@ class ReferenceUpdate:
             first_unbiased = first / (1 - optimizer.beta1**n_steps)
             second_unbiased = second / (1 - optimizer.config.beta2**n_steps)
             parameter.sub_(lr * first_unbiased / (second_unbiased.sqrt() + optimizer.config.eps))
-        return self._rule.retract(self._parameters.W_enc_rows[own], self._parameters.W_dec[own])
+        smallest = self._rule.retract(self._parameters.W_enc_rows[own], self._parameters.W_dec[own])
+        if encoder_copy is not None:
+            encoder_copy.copy_(self._parameters.W_enc_rows)
+        return smallest
 
 
 def _matrix(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from gnomon.specs import Alignment
 from gnomon_workers.kernels.blocks import BlockedUpdate
 from gnomon_workers.sae.encoder import PreActivations
 from gnomon_workers.sae.parameters import Parameters
-from gnomon_workers.sae.selection import Candidates, GroupedRows, local_topk
+from gnomon_workers.sae.selection import Candidates, GroupedRows, group_maxima, local_topk
 from gnomon_workers.sae.sparse import Picks, activation_gradients, decode
 from gnomon_workers.train.optimizer import AdamState
 
@@ -19,6 +19,10 @@ class SparseKernels:
     def local_topk(self, pre: PreActivations, k: int) -> Candidates:
         """Through the maxima of groups."""
         return local_topk(GroupedRows(pre.dense(), k), k)
+
+    def group_maxima(self, values: Tensor, width: int) -> Tensor:
+        """By PyTorch."""
+        return group_maxima(values, width)
 
     def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
         """An embedding bag for each token."""

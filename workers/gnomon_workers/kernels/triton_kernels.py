@@ -9,9 +9,8 @@ from torch import Tensor
 
 from gnomon.specs import Alignment
 from gnomon_workers.kernels.interface import RowGradients
-from gnomon_workers.kernels.triton_encoder import EncoderGemm
+from gnomon_workers.kernels.triton_select import group_maxima, select_topk
 from gnomon_workers.kernels.triton_sparse import sampled_products, segment_sums
-from gnomon_workers.kernels.triton_topk import topk_of_encoder
 from gnomon_workers.kernels.triton_update import (
     AdamStep,
     AlignedGradients,
@@ -23,7 +22,7 @@ from gnomon_workers.kernels.triton_update import (
 from gnomon_workers.sae.encoder import PreActivations
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.parameters import Parameters
-from gnomon_workers.sae.selection import Candidates, GroupedRows, local_topk
+from gnomon_workers.sae.selection import Candidates
 from gnomon_workers.sae.sparse import FeatureSegments, Picks
 from gnomon_workers.train.optimizer import AdamState
 
@@ -31,34 +30,13 @@ from gnomon_workers.train.optimizer import AdamState
 class TritonKernels:
     """Every product of a step but the bias gradients, on float32 masters."""
 
-    def __init__(self, encoder_dtype: torch.dtype = torch.float32) -> None:
-        """encoder_dtype, float32 or bfloat16, is what the encoder's factors are rounded to; sums are float32."""
-        self.encoder_dtype = encoder_dtype
-        self.rounded: Tensor | None = None
-        """The encoder in encoder_dtype, once an update has left it there."""
-
     def local_topk(self, pre: PreActivations, k: int) -> Candidates:
-        """The k largest positive pre-activations of every token, behind the encoder's product where that is bfloat16.
+        """The k largest positive pre-activations of every token, from the vendor's matrix product."""
+        return select_topk(pre.dense(), k)
 
-        In float32 the vendor's matrix product is the faster by more than writing the pre-activations costs.
-        """
-        if self.encoder_dtype == torch.float32:
-            return local_topk(GroupedRows(pre.dense(), k), k)
-        weights = self.rounded if self.rounded is not None else pre.parameters.W_enc_rows
-        values, features = self.topk(pre.inputs, weights, pre.parameters.b_enc, k)
-        tokens = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
-        is_active = values > 0
-        return Candidates(tokens=tokens[is_active], features=features[is_active], values=values[is_active])
-
-    def topk(self, inputs: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest pre-activations of every token by ascending index: (tokens, k) float32 values, int64 indices.
-
-        inputs is (tokens, d_in), W_enc_rows (n_local, d_in), in float32 or already in encoder_dtype. Ties of positive
-        values go to the lowest index. [tokens, n_local] is not written but for tokens whose list overflows.
-        """
-        if not len(inputs):
-            return inputs.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=inputs.device)
-        return topk_of_encoder(EncoderGemm.create(inputs, W_enc_rows, b_enc, self.encoder_dtype), k)
+    def group_maxima(self, values: Tensor, width: int) -> Tensor:
+        """In one pass at the speed of memory."""
+        return group_maxima(values, width)
 
     def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
         """Sum of the picked decoder rows weighted by their activations, (tokens, d_in), without b_dec."""
@@ -66,14 +44,7 @@ class TritonKernels:
 
     def activation_gradients(self, picks: Picks, residual_gradients: Tensor, W_dec: Tensor) -> Tensor:
         """dL/d(activation) of every pick, (nnz,); residual_gradients is (tokens, d_in)."""
-        return sampled_products(picks.offsets, picks.features, residual_gradients, W_dec)
-
-    def row_gradients(self, segments: FeatureSegments, weights: Tensor, vectors: Tensor) -> Tensor:
-        """For every touched feature the sum over its picks of weight * vector of the token, (n_touched, d_in).
-
-        weights is (nnz,) in the order of the picks, not of the segments.
-        """
-        return segment_sums(segments.offsets, segments.tokens, weights[segments.order], vectors)
+        return sampled_products(picks.token_indices(), picks.features, residual_gradients, W_dec)
 
     def aligned_gradients(
         self, sparse: SparseGradient, segments: FeatureSegments, W_enc_rows: Tensor, W_dec: Tensor, rule: Alignment
@@ -95,8 +66,6 @@ class TritonKernels:
 
     def weight_update(self, parameters: Parameters, optimizer: AdamState, alignment: Alignment) -> TritonUpdate:
         """One program for each feature."""
-        if self.encoder_dtype == torch.bfloat16 and len(optimizer.own) == parameters.n_local:
-            self.rounded = parameters.W_enc_rows.bfloat16()
         return TritonUpdate(self, parameters, optimizer, alignment)
 
     def update(
@@ -104,15 +73,15 @@ class TritonKernels:
         encoder: Rows,
         decoder: Rows,
         gradients: AlignedGradients | RowGradients,
-        clip_scale: Tensor,
+        clip_scale: float,
         adam: AdamStep,
         rule: Alignment,
         encoder_copy: Tensor | None = None,
     ) -> Tensor | None:
         """Clip, Adam and retraction of all rows in place; "scale" returns the smallest <v, d> that it divided by.
 
-        clip_scale is a scalar on the device. encoder_copy, (n_local, d_in), receives the new encoder in its own
-        dtype, so that the next topk need not read the masters.
+        encoder_copy, (n_local, d_in), receives the new encoder in its own dtype, so that the next product need not
+        read the masters.
         """
         return update_rows(encoder, decoder, gradients, clip_scale, adam, rule, encoder_copy)
 
@@ -140,9 +109,12 @@ class TritonUpdate:
             decoder=rows.decoder,
             vectors=vectors,
             through_encoder=projections @ params.W_enc_rows,
+            squares=rows.squares,
         )
 
-    def apply(self, gradients: RowGradients, *, lr: float, clip_scale: float) -> Tensor | None:
+    def apply(
+        self, gradients: RowGradients, *, lr: float, clip_scale: float, encoder_copy: Tensor | None = None
+    ) -> Tensor | None:
         """Clip, Adam and retraction of a row in one program."""
         optimizer = self._optimizer
         optimizer.begin(gradients.vectors, lr=lr, clip_scale=clip_scale)
@@ -158,10 +130,10 @@ class TritonUpdate:
             decoder if self._alignment == "tied" else self._rows("W_enc_rows"),
             decoder,
             self._own(gradients),
-            torch.tensor(clip_scale, device=decoder.weights.device),
+            clip_scale,
             adam,
             self._alignment,
-            self._kernels.rounded,
+            encoder_copy,
         )
 
     def _rows(self, name: str) -> Rows:
@@ -172,6 +144,8 @@ class TritonUpdate:
     def _own(self, gradients: RowGradients) -> RowGradients:
         """Gradients of the rows that this replica moves, numbered from the first of them."""
         own, touched = self._optimizer.own, gradients.touched
+        if len(own) == self._parameters.n_local:
+            return gradients
         first, last = torch.searchsorted(touched, torch.tensor([own.start, own.stop], device=touched.device)).tolist()
         encoder, decoder = gradients.encoder[first:last], gradients.decoder[first:last]
         return replace(

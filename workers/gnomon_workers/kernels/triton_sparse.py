@@ -3,6 +3,7 @@ but that of the picks; two runs give the same bits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -10,10 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_COLUMNS: Final = 1024
-"""Columns of one program where columns can be divided among programs."""
-PICKS_AT_ONCE: Final = 4
-"""Rows loaded before the first is added: their indices are a load too, and one at a time would wait for each."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """What one program does at a time."""
+
+    columns: int
+    """Of a row; programs of one block of columns run together, so that few columns leave more rows in the cache."""
+    picks: int
+    """Rows loaded before the first is added: their indices are a load too, and one at a time would wait for each."""
+    n_warps: int
+
+    def launch(self, width: int) -> dict[str, int]:
+        """Options of a kernel over rows of a width."""
+        columns = min(triton.next_power_of_2(width), self.columns)
+        return {"COLUMNS": columns, "PICKS": self.picks, "num_warps": self.n_warps}
+
+
+SEGMENT_BLOCKS: Final = Blocks(columns=128, picks=8, n_warps=1)
+SAMPLED_BLOCKS: Final = Blocks(columns=256, picks=4, n_warps=1)
+PASSES: Final = tl.constexpr(8)
+"""Times that a program of the sampled product takes its few picks."""
 
 
 @triton.jit
@@ -45,27 +63,28 @@ def _segment_kernel(
 
 @triton.jit
 def _sampled_kernel(
-    offsets_ptr, rows_ptr, left_ptr, right_ptr, out_ptr, d_in, COLUMNS: tl.constexpr, PICKS: tl.constexpr
+    tokens_ptr, rows_ptr, left_ptr, right_ptr, out_ptr, n_picks, d_in, COLUMNS: tl.constexpr, PICKS: tl.constexpr
 ):
-    """out[p] = <left[s], right[row of p]> for every pick p of segment s, the program.
+    """out[block, p] = <left[token of p], right[row of p]> over one block of columns.
 
-    Loads every picked row once and its own row of left again for every few picks, from the cache; stores one number
-    a pick.
+    Program (c, block) has the c-th few picks, whatever tokens they belong to: where a token has a hundred times the
+    picks of others, nobody waits for it. Loads its part of every row once, those of left from the cache.
     """
-    segment = tl.program_id(0).to(tl.int64)
-    end = tl.load(offsets_ptr + segment + 1)
-    for first in range(tl.load(offsets_ptr + segment), end, PICKS):
-        picks = first + tl.arange(0, PICKS)
-        rows = tl.load(rows_ptr + picks, mask=picks < end, other=0)
-        total = tl.zeros((PICKS,), tl.float32)
-        for start in range(0, d_in, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            left = tl.load(left_ptr + segment * d_in + columns, mask=columns < d_in, other=0.0)
-            total += tl.sum(gather_rows(right_ptr, rows, picks < end, columns, d_in) * left[None, :], axis=1)
-        tl.store(out_ptr + picks, total, mask=picks < end)
+    block = tl.program_id(1).to(tl.int64)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    for i in range(PASSES):
+        picks = (tl.program_id(0) * PASSES + i) * PICKS + tl.arange(0, PICKS)
+        is_pick = picks < n_picks
+        tokens = tl.load(tokens_ptr + picks, mask=is_pick, other=0)
+        rows = tl.load(rows_ptr + picks, mask=is_pick, other=0)
+        left = gather_rows(left_ptr, tokens, is_pick, columns, d_in)
+        right = gather_rows(right_ptr, rows, is_pick, columns, d_in)
+        tl.store(out_ptr + block * n_picks + picks, tl.sum(left * right, axis=1), mask=is_pick)
 
 
-def segment_sums(offsets: Tensor, rows: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+def segment_sums(
+    offsets: Tensor, rows: Tensor, weights: Tensor, vectors: Tensor, *, blocks: Blocks = SEGMENT_BLOCKS
+) -> Tensor:
     """For every segment the sum of weight * vectors[row] over its picks, (n_segments, d_in) float32.
 
     offsets is (n_segments + 1,), rows and weights are (nnz,), vectors is (n, d_in).
@@ -73,20 +92,25 @@ def segment_sums(offsets: Tensor, rows: Tensor, weights: Tensor, vectors: Tensor
     d_in = vectors.shape[1]
     out = torch.empty(len(offsets) - 1, d_in, device=vectors.device)
     if out.numel():
-        columns = min(triton.next_power_of_2(d_in), MAX_COLUMNS)
-        _segment_kernel[(len(out), triton.cdiv(d_in, columns))](
-            offsets, rows, weights.contiguous(), vectors.contiguous(), out, d_in, COLUMNS=columns, PICKS=PICKS_AT_ONCE
+        options = blocks.launch(d_in)
+        _segment_kernel[(len(out), triton.cdiv(d_in, options["COLUMNS"]))](
+            offsets, rows, weights.contiguous(), vectors.contiguous(), out, d_in, **options
         )
     return out
 
 
-def sampled_products(offsets: Tensor, rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """For every pick <left[its segment], right[its row]>, (nnz,) float32; left is (n_segments, d_in)."""
-    d_in = left.shape[1]
-    out = torch.empty(len(rows), device=left.device)
-    if len(out):
-        columns = min(triton.next_power_of_2(d_in), MAX_COLUMNS)
-        _sampled_kernel[(len(left),)](
-            offsets, rows, left.contiguous(), right.contiguous(), out, d_in, COLUMNS=columns, PICKS=PICKS_AT_ONCE
+def sampled_products(
+    tokens: Tensor, rows: Tensor, left: Tensor, right: Tensor, *, blocks: Blocks = SAMPLED_BLOCKS
+) -> Tensor:
+    """For every pick <left[its token], right[its row]>, (nnz,) float32; tokens and rows are (nnz,).
+
+    Blocks of columns are added in their order: two runs give the same bits.
+    """
+    d_in, options = left.shape[1], blocks.launch(left.shape[1])
+    n_blocks = triton.cdiv(d_in, options["COLUMNS"])
+    out = torch.empty(n_blocks, len(rows), device=left.device)
+    if len(rows):
+        _sampled_kernel[(triton.cdiv(len(rows), PASSES.value * blocks.picks), n_blocks)](
+            tokens, rows, left.contiguous(), right.contiguous(), out, len(rows), d_in, **options
         )
-    return out
+    return out.sum(0) if n_blocks > 1 else out[0]

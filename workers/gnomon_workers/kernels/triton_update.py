@@ -22,10 +22,27 @@ from gnomon.specs import Alignment
 from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.kernels.triton_sparse import gather_rows
 
-PICKS_AT_ONCE: Final = 2
-"""Two matrices are gathered and their sums held, so fewer rows fit beside them in registers."""
-COLUMNS_PER_WARP: Final = 512
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBlocks:
+    """How a program holds a whole row of both matrices in its registers."""
+
+    columns_per_warp: int
+    picks: int = 1
+    """Rows gathered before the first is added: two matrices are gathered and their sums held beside them."""
+
+    def launch(self, width: int) -> dict[str, int]:
+        """Options of a kernel over rows of a width."""
+        columns = triton.next_power_of_2(width)
+        return {"COLUMNS": columns, "num_warps": min(max(columns // self.columns_per_warp, 1), MAX_WARPS)}
+
+
 MAX_WARPS: Final = 16
+SHORT: Final = 1024
+"""Columns of a row whose gathers are so short that many threads must have one each under way."""
+SHORT_GRADIENT_BLOCKS: Final = RowBlocks(columns_per_warp=64)
+GRADIENT_BLOCKS: Final = RowBlocks(columns_per_warp=1024, picks=2)
+UPDATE_BLOCKS: Final = RowBlocks(columns_per_warp=128)
 
 
 @triton.jit
@@ -107,8 +124,8 @@ def _adam(p_ptr, first_ptr, second_ptr, g, place, inside, rate, take1, keep2, ta
 
 @triton.jit
 def _update_kernel(
-    slots_ptr, clip_ptr, w_ptr, g_ptr, w_first_ptr, w_second_ptr, d_ptr, h_ptr, d_first_ptr, d_second_ptr,
-    scales_ptr, copy_ptr, d_in, d_out, rate, take1, keep2, take2, eps, root_correction,
+    slots_ptr, w_ptr, g_ptr, w_first_ptr, w_second_ptr, d_ptr, h_ptr, d_first_ptr, d_second_ptr,
+    scales_ptr, copy_ptr, d_in, d_out, clip, rate, take1, keep2, take2, eps, root_correction,
     COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr, HAS_COPY: tl.constexpr,
 ):  # fmt: skip
     """Clip, Adam and retraction of one feature: loads and stores w, d and their moments, loads g and h where touched.
@@ -119,7 +136,6 @@ def _update_kernel(
     slot = tl.load(slots_ptr + feature).to(tl.int64)
     # a width of 0 where there is no gradient: nothing is read, and everything is 0
     n_in, n_out = tl.where(slot < 0, 0, d_in), tl.where(slot < 0, 0, d_out)
-    clip = tl.load(clip_ptr)
     columns = tl.arange(0, COLUMNS)
     decoder, is_out = feature * d_out + columns, columns < d_out
     h = clip * tl.load(h_ptr + slot * d_out + columns, mask=columns < n_out, other=0.0)
@@ -202,12 +218,16 @@ def aligned_gradients(
     W_enc_rows: Tensor,
     W_dec: Tensor,
     rule: Alignment,
+    *,
+    blocks: RowBlocks | None = None,
 ) -> AlignedGradients:
     """Projected gradients of all touched features; with "tied" one matrix gets the sum of both."""
     n_touched, d_in, d_out = len(picks.touched), W_enc_rows.shape[1], W_dec.shape[1]
     decoder = W_dec.new_empty(n_touched, d_out)
     encoder = decoder if rule == "tied" else W_dec.new_empty(n_touched, d_in)
     squares = W_dec.new_empty(n_touched)
+    width = max(d_in, d_out)
+    blocks = blocks or (SHORT_GRADIENT_BLOCKS if width <= SHORT else GRADIENT_BLOCKS)
     if n_touched:
         # a feature that fires on every token takes a thousand times as long as most: begun last, all would wait for it
         order = picks.offsets.diff().argsort(descending=True)
@@ -215,7 +235,7 @@ def aligned_gradients(
             order, picks.touched, picks.offsets, picks.tokens, picks.rows, picks.gradients, picks.values,
             encoder_inputs.contiguous(), residual_gradients.contiguous(), W_enc_rows, W_dec,
             encoder, decoder, squares, d_in, d_out,
-            PICKS=PICKS_AT_ONCE, ALIGNMENT=rule, **_row_options(max(d_in, d_out)),
+            PICKS=blocks.picks, ALIGNMENT=rule, **blocks.launch(width),
         )  # fmt: skip
     return AlignedGradients(touched=picks.touched, encoder=encoder, decoder=decoder, squares=squares)
 
@@ -224,33 +244,33 @@ def update_rows(
     encoder: Rows,
     decoder: Rows,
     gradients: AlignedGradients | RowGradients,
-    clip_scale: Tensor,
+    clip_scale: float,
     adam: AdamStep,
     rule: Alignment,
     encoder_copy: Tensor | None = None,
+    *,
+    blocks: RowBlocks = UPDATE_BLOCKS,
 ) -> Tensor | None:
-    """One step down the gradients times clip_scale (a scalar on the device), in place; returns "scale"'s least <v, d>.
+    """One step down the gradients times clip_scale, in place; returns "scale"'s least <v, d>.
 
     encoder_copy, (n_local, d_in) of another dtype, receives the new encoder.
     """
     n_local, d_out = decoder.weights.shape
     d_in, n_touched = encoder.weights.shape[1], len(gradients.touched)
-    slots = torch.full((n_local,), -1, dtype=torch.int32, device=clip_scale.device)
-    slots[gradients.touched] = torch.arange(n_touched, dtype=torch.int32, device=clip_scale.device)
+    slots = torch.full((n_local,), -1, dtype=torch.int32, device=decoder.weights.device)
+    slots[gradients.touched] = torch.arange(n_touched, dtype=torch.int32, device=decoder.weights.device)
     scales = decoder.weights.new_empty(n_local if rule == "scale" else 0)
+    # the interpreter cuts bits off where a GPU rounds, and then a resumed run would differ
+    has_copy = encoder_copy is not None and encoder_copy.is_cuda
     _update_kernel[(n_local,)](
-        slots, clip_scale.float(),
+        slots,
         encoder.weights, gradients.encoder, encoder.first, encoder.second,
         decoder.weights, gradients.decoder, decoder.first, decoder.second,
-        scales, encoder_copy if encoder_copy is not None else encoder.weights, d_in, d_out,
+        scales, encoder_copy if has_copy else encoder.weights, d_in, d_out, clip_scale,
         adam.lr / (1 - adam.beta1**adam.number), 1 - adam.beta1, adam.beta2, 1 - adam.beta2, adam.eps,
         (1 - adam.beta2**adam.number) ** 0.5,
-        ALIGNMENT=rule, HAS_COPY=encoder_copy is not None, **_row_options(max(d_in, d_out)),
+        ALIGNMENT=rule, HAS_COPY=has_copy, **blocks.launch(max(d_in, d_out)),
     )  # fmt: skip
+    if encoder_copy is not None and not has_copy:
+        encoder_copy.copy_(encoder.weights)
     return scales.min() if rule == "scale" else None
-
-
-def _row_options(width: int) -> dict[str, int]:
-    """A whole row in the registers of one program."""
-    columns = triton.next_power_of_2(width)
-    return {"COLUMNS": columns, "num_warps": min(max(columns // COLUMNS_PER_WARP, 1), MAX_WARPS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from gnomon_workers.kernels.interface import Kernels
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.arrays import kth_largest
 from gnomon_workers.sae.encoder import PreActivations
-from gnomon_workers.sae.selection import Candidates, GroupedRows, keep_largest, local_topk
+from gnomon_workers.sae.selection import Candidates, GroupedRows, Maxima, group_maxima, keep_largest, local_topk
 from gnomon_workers.sae.sparse import Picks
 
 
@@ -60,13 +61,15 @@ class BatchTopKSelector:
     bound: float = 0.0
     """Lower bound of the next cut; a guess that saves work and never changes the result."""
 
-    def select(self, hidden_pre: Tensor, n_keep: int, mesh: ProcessMesh) -> tuple[Picks, float]:
+    def select(
+        self, hidden_pre: Tensor, n_keep: int, mesh: ProcessMesh, *, maxima: Maxima = group_maxima
+    ) -> tuple[Picks, float]:
         """Picks of this shard and replica, and the smallest activation kept anywhere (0 if none is positive)."""
         with mesh.clock.section("selection"):
-            return self._select(hidden_pre, n_keep, mesh)
+            k = max(1, n_keep // (len(hidden_pre) * mesh.dp))
+            return self._select(GroupedRows(hidden_pre, k, positive_maxima=maxima), n_keep, mesh)
 
-    def _select(self, hidden_pre: Tensor, n_keep: int, mesh: ProcessMesh) -> tuple[Picks, float]:
-        grouped = GroupedRows(hidden_pre, max(1, n_keep // (len(hidden_pre) * mesh.dp)))
+    def _select(self, grouped: GroupedRows, n_keep: int, mesh: ProcessMesh) -> tuple[Picks, float]:
         if self.bound == 0:
             self.bound = _safe_bound(grouped, n_keep, mesh)
         candidates, n_candidates = _reaching(grouped, self.bound, mesh)
@@ -75,9 +78,9 @@ class BatchTopKSelector:
         if n_candidates <= n_keep:
             kept, cut = candidates, _global_min(candidates.values, mesh)
         else:
-            kept, cut = _radix_cut(candidates, n_keep, hidden_pre.shape, mesh)
+            kept, cut = _radix_cut(candidates, n_keep, grouped.values.shape, mesh)
         self.bound = 0.9 * cut
-        return kept.picks(len(hidden_pre)), cut
+        return kept.picks(len(grouped.values)), cut
 
 
 def _reaching(grouped: GroupedRows, bound: float, mesh: ProcessMesh) -> tuple[Candidates, int]:
@@ -113,9 +116,10 @@ def _radix_cut(candidates: Candidates, n_keep: int, shape: torch.Size, mesh: Pro
     in_prefix = keys
     for shift in range(n_bits - 8, -1, -8):
         digits = (in_prefix >> shift) & 0xFF
-        counts = mesh.all_reduce(torch.bincount(digits, minlength=256), "world").flip(0).cumsum(0)
-        digit = 255 - int((counts < n_missing).sum())
-        n_missing -= int(counts[255 - digit - 1]) if digit < 255 else 0
+        counts = mesh.all_reduce(torch.bincount(digits, minlength=256), "world").flip(0).cumsum(0).tolist()
+        n_above = bisect_left(counts, n_missing)
+        digit = 255 - n_above
+        n_missing -= counts[n_above - 1] if n_above else 0
         in_prefix = in_prefix[digits == digit]
         cut = (cut << 8) | digit
     is_tied = keys == cut

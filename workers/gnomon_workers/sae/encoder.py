@@ -25,7 +25,8 @@ class Encoder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._hidden_pre = torch.empty(0)
-        self._weights = torch.empty(0)
+        self._copy = torch.empty(0)
+        self._is_current = False
 
     def __call__(self, inputs: Tensor, parameters: Parameters) -> Tensor:
         """Pre-activations (tokens, n_local) of inputs (tokens, d_in), valid until the next call."""
@@ -33,11 +34,26 @@ class Encoder:
         weights, shape = parameters.W_enc_rows, (len(inputs), parameters.n_local)
         if self._hidden_pre.shape != shape:
             self._hidden_pre = inputs.new_empty(shape, dtype=dtype)
-        if dtype != inputs.dtype:
-            if self._weights.shape != weights.shape:
-                self._weights = torch.empty_like(weights, dtype=dtype)
-            weights = self._weights.copy_(weights)
+        copy = self.copy_of(weights)
+        if copy is not None:
+            weights = copy if self._is_current else copy.copy_(weights)
         return torch.addmm(parameters.b_enc.to(dtype), inputs.to(dtype), weights.t(), out=self._hidden_pre)
+
+    def copy_of(self, weights: Tensor) -> Tensor | None:
+        """Where the encoder's own copy of float32 weights lies, (n_local, d_in); None where it multiplies them.
+
+        An update that leaves the new weights there as well, while it has them at hand, saves the next product a pass
+        over the masters; `keep` says so.
+        """
+        if weights.dtype == self.dtype or weights.dtype != torch.float32:
+            return None
+        if self._copy.shape != weights.shape:
+            self._copy, self._is_current = torch.empty_like(weights, dtype=self.dtype), False
+        return self._copy
+
+    def keep(self, is_current: bool) -> None:
+        """Say whether the copy holds the weights as they are: only an update that wrote both knows."""
+        self._is_current = is_current
 
 
 class PreActivations:

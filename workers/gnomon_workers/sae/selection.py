@@ -8,6 +8,7 @@ ties included, is made among those.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -33,6 +34,8 @@ class Candidates:
     """(n,) int64 column."""
     values: Tensor
     """(n,)"""
+    counts: Tensor | None = None
+    """(tokens,) entries of every row, where that is known already."""
 
     def where(self, mask: Tensor) -> Self:
         """The entries at which the (n,) mask is true."""
@@ -40,7 +43,8 @@ class Candidates:
 
     def picks(self, n_tokens: int) -> Picks:
         """The same as rows of picks."""
-        offsets = offsets_of(torch.bincount(self.tokens, minlength=n_tokens))
+        counts = self.counts if self.counts is not None else torch.bincount(self.tokens, minlength=n_tokens)
+        offsets = offsets_of(counts)
         return Picks(features=self.features, values=self.values, offsets=offsets, tokens=self.tokens)
 
     def padded(self, n_tokens: int, width: int, fill: float) -> tuple[Tensor, Tensor]:
@@ -52,27 +56,38 @@ class Candidates:
         return rows, place
 
 
+Maxima = Callable[[Tensor, int], Tensor]
+"""(rows, n) and a width: the largest of every `width` neighbours, (rows, n / width), for what is positive."""
+
+
+def group_maxima(values: Tensor, width: int) -> Tensor:
+    """The largest of every `width` neighbours; where none is positive, some number that is not."""
+    if values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        # Positive floats are ordered as integers are, and a maximum of neighbours is vectorised for those only.
+        return values.view(len(values), -1, width).view(torch.int16).amax(2).view(torch.bfloat16)
+    return _all_maxima(values, width)
+
+
+def _all_maxima(values: Tensor, width: int) -> Tensor:
+    return values.view(len(values), -1, width).amax(2)
+
+
 class GroupedRows:
     """A matrix of activations and the maxima of its groups: what reaches a bound is found without reading it again."""
 
-    def __init__(self, values: Tensor, k: int, *, above: float = 0.0) -> None:
-        """values is (tokens, n); k of a row are wanted, of those > `above`, which is 0 or -inf."""
+    def __init__(self, values: Tensor, k: int, *, above: float = 0.0, positive_maxima: Maxima | None = None) -> None:
+        """values is (tokens, n); k of a row are wanted, of those > `above`, which is 0 or -inf.
+
+        positive_maxima scans for what is positive, where something faster than PyTorch can.
+        """
         self.values = values
         finfo = torch.finfo(values.dtype)
         self._floor = finfo.tiny if above == 0 else finfo.min
         n = values.shape[1]
         self.width = next((w for w in WIDTHS if n % w == 0 and n // w >= GROUPS_PER_PICK * k), 1)
-        self.maxima = self._maxima()
+        scan = positive_maxima or group_maxima if above == 0 else _all_maxima
+        self.maxima = scan(values, self.width) if self.width > 1 else values
         """(tokens, n / width); below the floor only some number below the floor."""
-
-    def _maxima(self) -> Tensor:
-        if self.width == 1:
-            return self.values
-        grouped = self.values.view(len(self.values), -1, self.width)
-        if self.values.dtype == torch.bfloat16 and self._floor > 0 and self.values.device.type == "cpu":
-            # Positive floats are ordered as integers are, and a maximum of neighbours is vectorised for those only.
-            return grouped.view(torch.int16).amax(2).view(torch.bfloat16)
-        return grouped.amax(2)
 
     def reaching(self, bounds: Tensor) -> Candidates:
         """Entries >= the bound of their row, (tokens, 1), and above the floor."""

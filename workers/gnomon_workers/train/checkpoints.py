@@ -142,6 +142,7 @@ def load_checkpoint(folder: Location, checkpoint: Checkpoint, step: TrainStep) -
                     failpoint(Failpoint.LOAD_CHECKPOINT)
     step.optimizer.n_steps.fill_(checkpoint.step)
     step.state = dict(checkpoint.state)
+    step.replaced()
 
 
 def _read(source: TensorReader, shard: Shard, name: str, tensor: Tensor, first: int) -> None:

@@ -33,7 +33,7 @@ class AdamState:
     own: range
     """Features of the shard whose moments this replica keeps and whose rows it moves: all, unless replicas share."""
     n_steps: Tensor
-    """Steps made, a float32 scalar as the fused kernel wants it."""
+    """Steps made, a float32 scalar on the CPU, so that no kernel is waited for to know it."""
 
     @classmethod
     def create(cls, config: Adam, parameters: Parameters, *, beta1: float, own: range | None = None) -> AdamState:
@@ -48,7 +48,7 @@ class AdamState:
             first={name: torch.zeros_like(p) for name, p in moved.items()},
             second={name: torch.zeros_like(p) for name, p in moved.items()},
             own=own,
-            n_steps=torch.zeros((), device=parameters.W_dec.device),
+            n_steps=torch.zeros(()),
         )
 
     def rows(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ class AdamState:
             first,
             second,
             [],
-            [self.n_steps] * len(params),
+            [self.n_steps.to(params[0].device, non_blocking=True)] * len(params),
             lr=lr,
             beta1=self.beta1,
             beta2=self.config.beta2,

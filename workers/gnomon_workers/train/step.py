@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ class TrainStep:
         n_products = plan.batch_size * plan.d_in * plan.d_sae
         dtype = choose_encoder_dtype(plan.encoder_dtype, n_products=n_products, device=device, mesh=mesh)
         self._encoder = Encoder(dtype)
-        self._kernels = choose_kernels(plan.kernels, device, dtype)
+        self._kernels = choose_kernels(plan.kernels, device)
         self._exchanges_batch = mesh.dp == 1 or exchanges_batch(plan)
         self._weights = self._kernels.weight_update(parameters, self.optimizer, plan.alignment)
 
@@ -89,20 +90,19 @@ class TrainStep:
                 fired = fired_anywhere(fired, self.parameters.n_local, self.mesh)
         with clock.section("optimizer"):
             self._share_b_dec(gradients)
-            grad_norm = self._clipped_by(gradients)
-        sums = self._add_up(terms.sums)
+            sums, grad_norm = self._totals(terms.sums, gradients)
         loss, objective = sums.pop("loss"), sums.pop("objective")
         self._check_finite(step, loss, grad_norm)
         failpoint(Failpoint.STEP_BEFORE_UPDATE)
         with clock.section("optimizer"):
-            lr = self._update(step, gradients, float(grad_norm))
+            lr = self._update(step, gradients, grad_norm)
             self._count(fired)
         self.state = terms.state
         return StepResult(
             loss=loss,
             objective=objective,
             parts=sums,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             lr=lr,
             targets=targets,
             n_active=terms.n_active,
@@ -145,19 +145,18 @@ class TrainStep:
         vectors["b_dec"] = sparse.b_dec_gradient()
         return self._weights.gradients(sparse, segments, vectors, projections)
 
-    def _add_up(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over replicas: one message of a few numbers."""
-        total = self.mesh.all_reduce(torch.stack(list(sums.values())), "dp")
-        return dict(zip(sums, total.tolist(), strict=True))
+    def _totals(self, sums: dict[str, Tensor], gradients: RowGradients) -> tuple[dict[str, float], float]:
+        """The variant's sums over replicas, and the global norm of the gradients.
 
-    def _clipped_by(self, gradients: RowGradients) -> Tensor:
-        """The global norm of the gradients, a scalar.
-
-        b_dec is on every shard: each adds its share, so that a fault on any one reaches all.
+        b_dec is on every shard: each adds its share, so that a fault on any one reaches all. A GPU is waited for once,
+        for all of these numbers: while the host waits it queues nothing.
         """
-        sums = gradients.square_sums()
-        sums["b_dec"] = sums["b_dec"] / self.mesh.features
-        return self.mesh.all_reduce(torch.stack(list(sums.values())).sum(), "features").sqrt()
+        total = self.mesh.all_reduce(torch.stack(list(sums.values())), "dp")
+        squares = gradients.square_sums()
+        squares["b_dec"] = squares["b_dec"] / self.mesh.features
+        square = self.mesh.all_reduce(torch.stack(list(squares.values())).sum(), "features")
+        *numbers, grad_norm = torch.cat([total, square.sqrt()[None]]).tolist()
+        return dict(zip(sums, numbers, strict=True)), grad_norm
 
     def _share_b_dec(self, gradients: RowGradients) -> None:
         """Make dL/d(b_dec) the same on every shard.
@@ -168,11 +167,11 @@ class TrainStep:
         if self.plan.target is None:  # a transcoder's encoder does not see b_dec
             gradients.vectors["b_dec"] -= self.mesh.all_reduce(gradients.through_encoder, "features")
 
-    def _check_finite(self, step: int, loss: float, grad_norm: Tensor) -> None:
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """The norm sums over shards, and over replicas through the exchange: all ranks stop together."""
-        if not torch.isfinite(grad_norm):
+        if not math.isfinite(grad_norm):
             raise NonFinite(
-                f"step {step}: loss {loss:.6g}, gradient norm {float(grad_norm):.6g}; the weights are those of the "
+                f"step {step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}; the weights are those of the "
                 "step before. Lower optimizer.lr, or check the activations for infinities"
             )
 
@@ -187,13 +186,20 @@ class TrainStep:
         )
         clip = plan.optimizer.clip_norm
         clip_scale = min(1.0, clip / grad_norm) if clip is not None and grad_norm > 0 else 1.0
-        smallest = self._weights.apply(gradients, lr=lr, clip_scale=clip_scale)
+        # where replicas share the work an update sees only its own rows
+        copy = self._encoder.copy_of(self.parameters.W_enc_rows) if not plan.shard_optimizer else None
+        smallest = self._weights.apply(gradients, lr=lr, clip_scale=clip_scale, encoder_copy=copy)
+        self._encoder.keep(copy is not None)
         if plan.shard_optimizer:
             share_rows(self.parameters, self.mesh)
         if smallest is not None:
             # all shards must stop together: one that stopped alone would look like a lost worker
             check_pole(float(torch.stack(self.mesh.all_gather(smallest, "world")).min()))
         return lr
+
+    def replaced(self) -> None:
+        """Say that the parameters were overwritten from outside, by a checkpoint's."""
+        self._encoder.keep(False)
 
     def _own_rows(self) -> range:
         """Features whose rows this replica moves."""

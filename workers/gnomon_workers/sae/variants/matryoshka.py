@@ -33,7 +33,7 @@ class MatryoshkaVariant(BatchTopKVariant):
 
     def terms(self, batch: Batch) -> Terms:
         """The mean over prefixes of the squared error; "loss" is that of the whole dictionary."""
-        picks, cut = self._selector.select(batch.hidden_pre, self._n_keep, batch.mesh)
+        picks, cut = self._select(batch)
         picks = float32_values(picks, batch)
         grouped = self._by_group(picks, batch.parameters)
         residuals = self._prefix_residuals(grouped, batch)

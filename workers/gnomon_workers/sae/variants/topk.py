@@ -70,11 +70,15 @@ class BatchTopKVariant(PlainVariant):
 
     def select(self, batch: Batch) -> Picks:
         """Exact over tokens, shards and replicas."""
-        return self._selector.select(batch.hidden_pre, self._n_keep, batch.mesh)[0]
+        return self._select(batch)[0]
+
+    def _select(self, batch: Batch) -> tuple[Picks, float]:
+        maxima = batch.kernels.group_maxima
+        return self._selector.select(batch.hidden_pre, self._n_keep, batch.mesh, maxima=maxima)
 
     def terms(self, batch: Batch) -> Terms:
         """Squared error."""
-        picks, cut = self._selector.select(batch.hidden_pre, self._n_keep, batch.mesh)
+        picks, cut = self._select(batch)
         return reconstruction_terms(picks, batch, self._auxiliary, moved_threshold(batch, self._beta, cut))
 
 
