@@ -13,14 +13,14 @@ from gpu_sizes import Check, Sizes, made_up_activations, make_step
 from torch import Tensor
 
 from gnomon.specs import Activation, AuxK, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
-from gnomon_workers.kernels.interface import RowGradients, WeightUpdate
+from gnomon_workers.checkpoints.tensor_file import TensorReader, write_tensors
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import RULES
+from gnomon_workers.sae.plan import scale_of
+from gnomon_workers.sae.products import RowGradients, WeightUpdate
 from gnomon_workers.sae.reference import Reference, reference_gradients
 from gnomon_workers.sae.sparse import Picks
-from gnomon_workers.train.plan import scale_of
 from gnomon_workers.train.step import TrainStep
-from gnomon_workers.train.tensor_file import TensorReader, write_tensors
 
 LATE = 80
 """A step at which penalties are warm and p has reached its last value."""

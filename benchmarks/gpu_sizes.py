@@ -19,8 +19,8 @@ for folder in ("api", "storage", "workers"):  # from a bare checkout: nothing ne
 from gnomon.specs import Mesh, StoredActivations, TrainSpec  # noqa: E402
 from gnomon_workers.parallel.mesh import ProcessMesh  # noqa: E402
 from gnomon_workers.sae.parameters import Parameters  # noqa: E402
+from gnomon_workers.sae.plan import make_plan  # noqa: E402
 from gnomon_workers.sae.variants import make_variant  # noqa: E402
-from gnomon_workers.train.plan import make_plan  # noqa: E402
 from gnomon_workers.train.step import TrainStep  # noqa: E402
 
 

@@ -24,10 +24,11 @@ import torch
 
 from gnomon.specs import Mesh, StoredActivations, TopK, TrainSpec
 from gnomon_storage.location import Location
-from gnomon_workers.train.checkpoints import committed_checkpoints, load_checkpoint, state_tensors
-from gnomon_workers.train.plan import TrainPlan, make_plan
+from gnomon_workers.checkpoints.format import committed_checkpoints
+from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import join_mesh, make_step, n_first_samples
 from gnomon_workers.train.saving import save_checkpoint
+from gnomon_workers.train.state import load_checkpoint, state_tensors
 
 PARTS = ("initialise", "step", "save", "load")
 

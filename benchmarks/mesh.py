@@ -26,7 +26,7 @@ from training_step import CONFIGS, Config, activations
 from gnomon.specs import BatchTopK, Mesh, StoredActivations, TopK, TrainSpec
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.parameters import make_parameters
-from gnomon_workers.train.plan import make_plan
+from gnomon_workers.sae.plan import make_plan
 from gnomon_workers.train.step import TrainStep
 
 TIMEOUT_S = 600.0

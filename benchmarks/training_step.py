@@ -61,7 +61,7 @@ def make_step(config: Any, *, device: str = "cpu", **fields: Any) -> Step:
     from gnomon.specs import Mesh, StoredActivations, TopK, TrainSpec
     from gnomon_workers.parallel.mesh import ProcessMesh
     from gnomon_workers.sae.parameters import make_parameters
-    from gnomon_workers.train.plan import make_plan
+    from gnomon_workers.sae.plan import make_plan
     from gnomon_workers.train.step import TrainStep
 
     spec = TrainSpec(

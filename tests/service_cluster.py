@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gnomon_workers.protocol import (
+from gnomon_workers.runtime.protocol import (
     Assignment,
     ClusterSnapshot,
     ClusterUnreachable,

@@ -18,9 +18,9 @@ from typing import Any
 
 from gnomon.specs import Activation, Adam, AuxK, BatchTopK, Mesh, StoredActivations, TrainSpec
 from gnomon_storage.location import Location
-from gnomon_workers import failpoints
-from gnomon_workers.train.checkpoints import Checkpoint, committed_checkpoints, latest_checkpoint
-from gnomon_workers.train.plan import TrainPlan, make_plan
+from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_checkpoint
+from gnomon_workers.runtime import failpoints
+from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
 from tests.stores import HOOK
 

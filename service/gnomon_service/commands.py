@@ -101,7 +101,7 @@ def dispatcher() -> None:
     from gnomon_service.observed import Observations
     from gnomon_service.processes import wait_for_address
     from gnomon_service.settings import load_settings
-    from gnomon_workers.cluster import RayCluster
+    from gnomon_workers.attempts.cluster import RayCluster
 
     settings = load_settings()
     settings.make_folders()

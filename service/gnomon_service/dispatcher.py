@@ -20,7 +20,7 @@ from gnomon_service.lease import HeldJob, Lease, Wish
 from gnomon_service.leases import Leases
 from gnomon_service.observed import Observations
 from gnomon_service.settings import Settings
-from gnomon_workers.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
+from gnomon_workers.runtime.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
 
 logger = logging.getLogger(__name__)
 

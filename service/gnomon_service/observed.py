@@ -8,7 +8,7 @@ from sqlalchemy import insert, update
 
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import cluster
-from gnomon_workers.protocol import ClusterSnapshot
+from gnomon_workers.runtime.protocol import ClusterSnapshot
 
 
 class Observations:

@@ -18,7 +18,9 @@ from gnomon_service.reads import find_store, read_cluster, read_dictionary, read
 from gnomon_service.settings import Settings
 from gnomon_storage.activations import ActivationStore as StoredRows
 from gnomon_storage.location import Location
-from gnomon_workers.harvest import catalog
+from gnomon_workers.harvest.identity import store_id as id_of_store
+from gnomon_workers.harvest.text import check_text
+from gnomon_workers.models import catalog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +52,11 @@ def _check_harvest(spec: HarvestSpec, settings: Settings) -> tuple[Plan, dict[st
     for hook in spec.hooks:
         catalog.check_hook(hook, model)
     catalog.check_context_length(spec.context_length, model)
-    text = catalog.check_text(spec.text, settings.input_roots)
+    text = check_text(spec.text, settings.input_roots)
     pinned = spec.model_copy(
         update={"model": spec.model.model_copy(update={"revision": model.revision or spec.model.revision})}
     )
-    store_id = catalog.store_id(pinned, model.fingerprint, text)
+    store_id = id_of_store(pinned, model.fingerprint, text)
     return Plan(spec=pinned, store_id=store_id), {hook: model.hooks.get(hook) for hook in spec.hooks}
 
 

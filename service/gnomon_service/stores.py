@@ -14,7 +14,7 @@ from gnomon.specs import HarvestSpec, TrainSpec
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import activation_stores, dictionaries, jobs
 from gnomon_storage.location import Location
-from gnomon_workers.protocol import dictionary_ids
+from gnomon_workers.runtime.protocol import dictionary_ids
 
 _NAME_LENGTH: Final = 128
 """Of a dictionary's name, at most: the database's."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from gnomon_workers import gang as gangs
-from gnomon_workers.gang import Gang
-from gnomon_workers.reporting import WorkerLost
+from gnomon_workers.runtime import gang as gangs
+from gnomon_workers.runtime.gang import Gang
+from gnomon_workers.runtime.reporting import WorkerLost
 from tests.rays import local_ray
 
 

@@ -19,10 +19,12 @@ from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers.harvest import catalog
+from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.job import run_harvest
-from gnomon_workers.protocol import Assignment
-from gnomon_workers.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.harvest.text import check_text
+from gnomon_workers.models import catalog
+from gnomon_workers.runtime.protocol import Assignment
+from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from tests.models import EOS_ID, PAD_ID, glassllm_ids, glassllm_residuals, make_glassllm, write_corpus
 from tests.rays import local_ray
 
@@ -67,7 +69,7 @@ def assign(inputs: Path, root: Path, spec: HarvestSpec, *, attempt: int = 1) -> 
         spec=spec.model_dump(mode="json"),
         storage_root=root.as_uri(),
         input_roots=roots,
-        store_id=catalog.store_id(spec, model.fingerprint, catalog.check_text(spec.text, roots)),
+        store_id=store_id(spec, model.fingerprint, check_text(spec.text, roots)),
     )
 
 

@@ -13,9 +13,11 @@ from gnomon.dictionary import load_folder
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers.cluster import RayCluster
-from gnomon_workers.harvest.catalog import check_text, describe_model, store_id
-from gnomon_workers.protocol import Assignment
+from gnomon_workers.attempts.cluster import RayCluster
+from gnomon_workers.harvest.identity import store_id
+from gnomon_workers.harvest.text import check_text
+from gnomon_workers.models.catalog import describe_model
+from gnomon_workers.runtime.protocol import Assignment
 from tests.glass import make_corpus, make_glass_folder
 from tests.rays import NAMESPACE, local_ray
 from tests.seaweed import environment, new_place, s3_server

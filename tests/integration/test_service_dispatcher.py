@@ -13,7 +13,7 @@ from gnomon_service.dispatcher import Dispatcher
 from gnomon_service.observed import Observations
 from gnomon_service.reads import read_cluster
 from gnomon_service.settings import Settings
-from gnomon_workers.protocol import Cluster
+from gnomon_workers.runtime.protocol import Cluster
 from tests.service_cluster import MemoryCluster
 from tests.service_jobs import PROJECT, STORE_RESULT, Bench
 

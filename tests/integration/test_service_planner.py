@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gnomon_service.observed import Observations
-from gnomon_workers.protocol import ClusterSnapshot
+from gnomon_workers.runtime.protocol import ClusterSnapshot
 from tests.integration.test_service_api import expect_problem
 from tests.service_api import N_POSITIONS, Service, running_service
 from tests.service_jobs import STORE_RECORD

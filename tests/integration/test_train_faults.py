@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gnomon_workers.failpoints import Failpoint
+from gnomon_workers.runtime.failpoints import Failpoint
 from tests.stores import make_store
 from tests.train_processes import Attempt, ProcessGang, plan_for
 

@@ -18,13 +18,13 @@ import pytest
 from gnomon.dictionary import load_folder
 from gnomon.errors import StoreUnavailable
 from gnomon.resources import TrainResult
-from gnomon_workers import cluster as clusters
-from gnomon_workers import failpoints
-from gnomon_workers import gang as gangs
-from gnomon_workers.cluster import RayCluster
-from gnomon_workers.protocol import Assignment, ClusterUnreachable, Outcome, Report, ReportKind, dictionary_ids
-from gnomon_workers.reporting import Reporter, WorkerLost
-from gnomon_workers.train.checkpoints import latest_checkpoint
+from gnomon_workers.attempts import cluster as clusters
+from gnomon_workers.attempts.cluster import RayCluster
+from gnomon_workers.checkpoints.format import latest_checkpoint
+from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime import gang as gangs
+from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, ReportKind, dictionary_ids
+from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.job import train_gang
 from gnomon_workers.train.run import resolve_all
 from tests.rays import NAMESPACE, local_ray

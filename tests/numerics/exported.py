@@ -10,10 +10,11 @@ import torch
 
 from gnomon.specs import Activation, Alignment, Mesh
 from gnomon_storage.location import Location
-from gnomon_workers.export import WEIGHTS, saelens_config, write_weights
+from gnomon_workers.checkpoints.format import Checkpoint
+from gnomon_workers.dictionaries.saelens import saelens_config
+from gnomon_workers.dictionaries.weights import WEIGHTS, write_weights
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.train.checkpoints import Checkpoint
-from gnomon_workers.train.plan import HookRows, TrainPlan
+from gnomon_workers.sae.plan import HookRows, TrainPlan
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.step import TrainStep
 from tests.numerics.steps import data, joint_plan_of, plan_of, step_of

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gnomon.specs import Mesh, StoredActivations, TrainSpec
 from gnomon_workers.kernels.blocks import BlockedUpdate
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.parameters import make_parameters
+from gnomon_workers.sae.plan import HookRows, TrainPlan, make_joint_plan, make_plan
+from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.variants import make_variant
-from gnomon_workers.train.plan import HookRows, TrainPlan, make_joint_plan, make_plan
 from gnomon_workers.train.step import StepResult, TrainStep
 
 D_IN = 24

@@ -16,11 +16,12 @@ from gnomon.specs import Activation, AuxK, BatchTopK, Mesh, TopK
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_storage.shuffle import BatchReader
+from gnomon_workers.checkpoints.format import committed_checkpoints, latest_checkpoint
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.train.checkpoints import committed_checkpoints, latest_checkpoint, load_checkpoint, state_tensors
 from gnomon_workers.train.loop import Learner, Observer, train
 from gnomon_workers.train.rank import make_step
 from gnomon_workers.train.saving import save_checkpoint
+from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
 from tests.numerics.ranks import RankPool
 from tests.numerics.steps import data, plan_of, step_of

@@ -10,11 +10,12 @@ import torch
 from gnomon.dictionary import load_folder
 from gnomon.specs import Alignment, BatchTopK, TopK
 from gnomon_storage.location import Location
-from gnomon_workers.export import publish, published, transformer_lens_name
+from gnomon_workers.checkpoints.format import Checkpoint
+from gnomon_workers.dictionaries.folder import publish, published
+from gnomon_workers.dictionaries.saelens import transformer_lens_name
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import alignment_scores
 from gnomon_workers.sae.sparse import decode
-from gnomon_workers.train.checkpoints import Checkpoint
 from gnomon_workers.train.saving import save_checkpoint
 from tests.numerics.exported import SCALE, exported, scaled_plan, trained
 from tests.numerics.ranks import RankPool

@@ -12,11 +12,12 @@ import torch
 
 from gnomon.specs import Alignment, Mesh, TopK
 from gnomon_storage.location import Location
+from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.parallel.clock import WORK, StepClock
 from gnomon_workers.parallel.mesh import Axis, ProcessMesh
-from gnomon_workers.train.checkpoints import Checkpoint, load_checkpoint
 from gnomon_workers.train.exchange import exchanges_batch
 from gnomon_workers.train.saving import save_checkpoint
+from gnomon_workers.train.state import load_checkpoint
 from gnomon_workers.train.step import TrainStep
 from tests.numerics.ranks import RankPool
 from tests.numerics.steps import D_IN, data, plan_of, step_of

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from gnomon.errors import Conflict, CorruptArtifact, StoreUnavailable
 from gnomon.specs import BatchTopK
 from gnomon_storage.location import Location
-from gnomon_workers import failpoints
+from gnomon_workers.checkpoints.format import committed_checkpoints, latest_checkpoint
+from gnomon_workers.checkpoints.tensor_file import PIECE_BYTES, TensorReader, write_tensors
+from gnomon_workers.runtime import failpoints
 from gnomon_workers.train import saving
-from gnomon_workers.train.checkpoints import committed_checkpoints, latest_checkpoint, load_checkpoint, state_tensors
 from gnomon_workers.train.saving import CheckpointWriter, Saved, save_checkpoint
+from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
-from gnomon_workers.train.tensor_file import PIECE_BYTES, TensorReader, write_tensors
 from tests.numerics.steps import data, plan_of, step_of
 
 

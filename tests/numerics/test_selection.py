@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.parallel.select import BatchTopKSelector, global_topk
+from gnomon_workers.sae.global_selection import BatchTopKSelector, global_topk
 from gnomon_workers.sae.selection import GroupedRows, local_topk, topk_rows
 from gnomon_workers.sae.sparse import Picks
 from tests.numerics.ranks import RankPool

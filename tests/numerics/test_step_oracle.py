@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gnomon.specs import Activation, Alignment, AuxK, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
 from gnomon_workers.sae.alignment import alignment_scores
+from gnomon_workers.sae.plan import HookRows, scale_of
 from gnomon_workers.sae.reference import Reference, reference_gradients
 from gnomon_workers.sae.variants.topk import threshold_decay
-from gnomon_workers.train.plan import HookRows, scale_of
 from gnomon_workers.train.step import NonFinite, TrainStep
 from tests.numerics.steps import data, gradients_of, joint_plan_of, plan_of, step_of, unsettle
 

@@ -12,10 +12,10 @@ from gnomon.dictionary import Dictionary, load_folder
 from gnomon.errors import InvalidRequest
 from gnomon.specs import Activation, Alignment, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from gnomon_storage.location import Location
+from gnomon_workers.sae.plan import HookRows, TrainPlan
 from gnomon_workers.sae.sparse import decode
-from gnomon_workers.train.checkpoints import load_checkpoint, state_tensors
-from gnomon_workers.train.plan import HookRows, TrainPlan
 from gnomon_workers.train.saving import save_checkpoint
+from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
 from tests.numerics.exported import exported, scaled_plan
 from tests.numerics.steps import data, joint_plan_of, plan_of, step_of

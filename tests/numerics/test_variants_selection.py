@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.parallel.select import BatchTopKSelector, global_topk
+from gnomon_workers.sae.global_selection import BatchTopKSelector, global_topk
 from tests.numerics.ranks import RankPool
 from tests.numerics.test_selection import assembled, dense, stable_topk, values_with_ties
 

@@ -15,14 +15,15 @@ from gnomon.errors import GnomonError, StoreUnavailable
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers import failpoints
+from gnomon_workers.checkpoints.format import latest_common
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.train.checkpoints import latest_common, load_checkpoint, state_tensors
+from gnomon_workers.runtime import failpoints
+from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.loop import Learner, Observer, train
-from gnomon_workers.train.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import make_step
-from gnomon_workers.train.rows import JointReader
 from gnomon_workers.train.saving import save_checkpoint
+from gnomon_workers.train.sources import JointReader
+from gnomon_workers.train.state import load_checkpoint, state_tensors
 from tests.numerics.ranks import RankPool
 from tests.numerics.steps import data, plan_of, step_of
 from tests.stores import HOOK, make_store

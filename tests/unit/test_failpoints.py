@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from gnomon.errors import StoreUnavailable
-from gnomon_workers import failpoints
-from gnomon_workers.failpoints import VARIABLE, Failpoint, arm, failing_during, failpoint
+from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime.failpoints import VARIABLE, Failpoint, arm, failing_during, failpoint
 
 
 @pytest.fixture(autouse=True)

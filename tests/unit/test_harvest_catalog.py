@@ -18,15 +18,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.specs import HarvestSpec, ModelSource, TextSource
-from gnomon_workers.harvest import hub
-from gnomon_workers.harvest.catalog import (
-    check_context_length,
-    check_hook,
-    describe_model,
-    store_id,
-)
-from gnomon_workers.harvest.gguf_header import parse_gguf
-from gnomon_workers.harvest.modules import is_causal
+from gnomon_workers.harvest.identity import store_id
+from gnomon_workers.models import hub
+from gnomon_workers.models.catalog import check_context_length, check_hook, describe_model
+from gnomon_workers.models.gguf_header import parse_gguf
+from gnomon_workers.models.modules import is_causal
 from tests.models import make_glassllm
 
 
@@ -321,7 +317,7 @@ def test_store_ids_follow_what_determines_rows() -> None:
 
 def test_the_catalogue_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, gnomon_workers.harvest.catalog\n"
+        "import sys, gnomon_workers.models.catalog\n"
         "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from gnomon.errors import InvalidRequest
 from gnomon.specs import ModelSource
-from gnomon_workers.harvest.gguf_folder import gguf_folder
-from gnomon_workers.harvest.model import load_model, read_activations
+from gnomon_workers.models.gguf_folder import gguf_folder
+from gnomon_workers.models.loading import load_model, read_activations
 
 CPU = torch.device("cpu")
 

@@ -118,4 +118,4 @@ def test_listing_commands_imports_neither_ray_nor_torch() -> None:
 
 
 def test_protocol_of_the_workers_imports_neither_ray_nor_torch() -> None:
-    probe("gnomon_workers.protocol", "gnomon_workers.harvest.catalog", forbidden={"ray", "torch"})
+    probe("gnomon_workers.runtime.protocol", "gnomon_workers.models.catalog", forbidden={"ray", "torch"})

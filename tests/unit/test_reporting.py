@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gnomon_workers.reporting import Cancelled, Reporter
+from gnomon_workers.runtime.reporting import Cancelled, Reporter
 
 
 def test_reports_are_numbered_and_given_again() -> None:
@@ -19,7 +19,7 @@ def test_reports_are_numbered_and_given_again() -> None:
 def test_a_day_of_progress_is_some_thousand_reports_and_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     reporter = Reporter()
     now = 0.0
-    monkeypatch.setattr("gnomon_workers.reporting.time.monotonic", lambda: now)
+    monkeypatch.setattr("gnomon_workers.runtime.reporting.time.monotonic", lambda: now)
     reporter.phase("train", total=172_800, unit="tokens")
     for done in range(1, 172_801):
         now = done / 2

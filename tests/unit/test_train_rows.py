@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gnomon_workers.train.rows import JointReader
+from gnomon_workers.train.sources import JointReader
 from tests.stores import make_store
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gnomon_workers.train.scratch import remove_abandoned, scratch_folder
+from gnomon_workers.runtime.scratch import remove_abandoned, scratch_folder
 
 
 @pytest.fixture(autouse=True)

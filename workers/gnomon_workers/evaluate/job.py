@@ -15,13 +15,13 @@ from gnomon.resources import EvaluateResult
 from gnomon.specs import EvaluateSpec, Evaluation
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
+from gnomon_workers.dictionaries.folder import published
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_metrics, total
 from gnomon_workers.evaluate.patching import Hooks
 from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker, load_dictionary
-from gnomon_workers.export import published
-from gnomon_workers.gang import Gang
-from gnomon_workers.protocol import Assignment
-from gnomon_workers.reporting import Reporter
+from gnomon_workers.runtime.gang import Gang
+from gnomon_workers.runtime.protocol import Assignment
+from gnomon_workers.runtime.reporting import Reporter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentInfo
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, total
 from gnomon_workers.evaluate.patching import Hooks, patch_sums
-from gnomon_workers.harvest.model import load_model
+from gnomon_workers.models.loading import load_model
 
 _MAX_ELEMENTS = 1 << 24
 """Dense activations held at once: 64 MB in float32."""

@@ -19,15 +19,16 @@ from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit
 from gnomon_storage.writing import load_commit, remove_leftovers, seal
-from gnomon_workers.gang import Gang, lost_as_such
-from gnomon_workers.harvest.catalog import ModelDescription, describe_model, store_id
-from gnomon_workers.harvest.model import model_folder
+from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.text import read_documents, resolve_text, text_fingerprint
 from gnomon_workers.harvest.tokens import Tokenizer, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import Failure, HarvestTask, HarvestWorker
-from gnomon_workers.protocol import Assignment
-from gnomon_workers.reporting import Reporter
+from gnomon_workers.models.catalog import ModelDescription, describe_model
+from gnomon_workers.models.loading import model_folder
+from gnomon_workers.runtime.gang import Gang, lost_as_such
+from gnomon_workers.runtime.protocol import Assignment
+from gnomon_workers.runtime.reporting import Reporter
 
 QUEUED_PER_WORKER: Final = 2
 """One segment under way and one waiting, so that no worker idles; more would only hold memory."""

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 
 from gnomon.errors import InvalidRequest
 from gnomon.specs import TextSource
+from gnomon_storage.digests import combine, file_digest
 from gnomon_storage.location import Location, resolve_input
-from gnomon_workers.harvest.fingerprint import combine, file_digest
 
 Format = Literal["txt", "jsonl", "json", "parquet"]
 _ENDINGS: Final[dict[str, Format]] = {

@@ -15,8 +15,8 @@ from gnomon_storage.arrays import Array
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit
 from gnomon_storage.writing import SegmentWriter
-from gnomon_workers.harvest.model import LoadedModel, load_model, read_activations
 from gnomon_workers.harvest.packing import PADDING, Mask, SegmentPlan, Tokens, kept_tokens
+from gnomon_workers.models.loading import LoadedModel, load_model, read_activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from gnomon.specs import Alignment
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.sae.alignment import RULES
 from gnomon_workers.sae.arrays import take
 from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.optimizer import AdamState
 from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.sparse import FeatureSegments, bag_sums
-from gnomon_workers.train.optimizer import AdamState
 
 BLOCK_BYTES: Final = 1 << 19
 """Of one matrix in a block; eight of them are at work at once. Half of this costs a sixth more time, in calls."""

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 from gnomon.errors import InvalidRequest
-from gnomon_workers.kernels.interface import Kernels
 from gnomon_workers.kernels.reference import ReferenceKernels
 from gnomon_workers.kernels.sparse import SparseKernels
 from gnomon_workers.kernels.triton_probe import triton_available
+from gnomon_workers.sae.products import Kernels
 
 
 def choose_kernels(wanted: Literal["auto", "reference", "sparse", "triton"], device: torch.device) -> Kernels:

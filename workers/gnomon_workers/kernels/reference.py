@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from gnomon.specs import Alignment
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.sae.alignment import RULES
 from gnomon_workers.sae.encoder import PreActivations
 from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.optimizer import MATRICES, AdamState
 from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.selection import Candidates
 from gnomon_workers.sae.sparse import FeatureSegments, Picks
-from gnomon_workers.train.optimizer import MATRICES, AdamState
 
 
 class ReferenceKernels:

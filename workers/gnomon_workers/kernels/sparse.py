@@ -7,10 +7,10 @@ from torch import Tensor
 from gnomon.specs import Alignment
 from gnomon_workers.kernels.blocks import BlockedUpdate
 from gnomon_workers.sae.encoder import PreActivations
+from gnomon_workers.sae.optimizer import AdamState
 from gnomon_workers.sae.parameters import Parameters
 from gnomon_workers.sae.selection import Candidates, GroupedRows, group_maxima, local_topk
 from gnomon_workers.sae.sparse import Picks, activation_gradients, decode
-from gnomon_workers.train.optimizer import AdamState
 
 
 class SparseKernels:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gnomon.specs import Alignment
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.kernels.triton_select import group_maxima, select_topk
 from gnomon_workers.kernels.triton_sparse import sampled_products, segment_sums
 from gnomon_workers.kernels.triton_update import (
@@ -21,10 +20,11 @@ from gnomon_workers.kernels.triton_update import (
 )
 from gnomon_workers.sae.encoder import PreActivations
 from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.optimizer import AdamState
 from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.selection import Candidates
 from gnomon_workers.sae.sparse import FeatureSegments, Picks
-from gnomon_workers.train.optimizer import AdamState
 
 
 class TritonKernels:

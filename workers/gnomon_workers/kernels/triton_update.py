@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gnomon.specs import Alignment
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.kernels.triton_sparse import gather_rows
+from gnomon_workers.sae.products import RowGradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

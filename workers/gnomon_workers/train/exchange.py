@@ -15,10 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.gradient import SparseGradient
-from gnomon_workers.train.plan import TrainPlan
+from gnomon_workers.sae.plan import TrainPlan
+from gnomon_workers.sae.products import RowGradients
 
 
 def exchanges_batch(plan: TrainPlan) -> bool:

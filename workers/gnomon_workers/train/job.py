@@ -11,13 +11,13 @@ import ray
 
 from gnomon.errors import from_problem
 from gnomon.resources import TrainedDictionary, TrainResult
-from gnomon_workers import failpoints
-from gnomon_workers.export import published
-from gnomon_workers.gang import Gang, lost_as_such
-from gnomon_workers.protocol import Assignment, Report
-from gnomon_workers.reporting import Reporter, WorkerLost
-from gnomon_workers.train.checkpoints import Checkpoint, committed_checkpoints, latest_common
-from gnomon_workers.train.publish import export
+from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_common
+from gnomon_workers.dictionaries.folder import published
+from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime.gang import Gang, lost_as_such
+from gnomon_workers.runtime.protocol import Assignment, Report
+from gnomon_workers.runtime.reporting import Reporter, WorkerLost
+from gnomon_workers.train.publishing import export
 from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
 from gnomon_workers.train.run import TrainRun, resolve_all
 

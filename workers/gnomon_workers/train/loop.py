@@ -15,7 +15,7 @@ import torch
 
 from gnomon.errors import GnomonError
 from gnomon_storage.location import Location
-from gnomon_workers.failpoints import Failpoint, failpoint
+from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 from gnomon_workers.train.metrics import step_metrics
 from gnomon_workers.train.profile import StepProfile
 from gnomon_workers.train.saving import CheckpointWriter, Saved, begin_all

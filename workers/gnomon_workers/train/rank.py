@@ -18,19 +18,20 @@ import torch.distributed as dist
 from gnomon.errors import GnomonError
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers import failpoints
-from gnomon_workers.failpoints import Failpoint
+from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.protocol import Report
-from gnomon_workers.reporting import Reporter
+from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime.failpoints import Failpoint
+from gnomon_workers.runtime.protocol import Report
+from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.sae.init import initial_b_dec
 from gnomon_workers.sae.parameters import make_parameters
+from gnomon_workers.sae.plan import TrainPlan, scale_of
 from gnomon_workers.sae.variants import make_variant
-from gnomon_workers.train.checkpoints import Checkpoint, load_checkpoint
 from gnomon_workers.train.loop import Learner, Observer, train
-from gnomon_workers.train.plan import TrainPlan, scale_of
 from gnomon_workers.train.profile import StepProfile
-from gnomon_workers.train.rows import JointReader
+from gnomon_workers.train.sources import JointReader
+from gnomon_workers.train.state import load_checkpoint
 from gnomon_workers.train.step import TrainStep
 
 COLLECTIVE_TIMEOUT_S: Final = 60.0

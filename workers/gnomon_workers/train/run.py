@@ -10,8 +10,8 @@ from gnomon.errors import InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers.protocol import Assignment, dictionary_ids
-from gnomon_workers.train.plan import HookRows, TrainPlan, choose_mesh, make_hook, make_joint_plan
+from gnomon_workers.runtime.protocol import Assignment, dictionary_ids
+from gnomon_workers.sae.plan import HookRows, TrainPlan, choose_mesh, make_hook, make_joint_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,20 +22,13 @@ import torch
 from gnomon.errors import Conflict, CorruptArtifact, GnomonError, StoreUnavailable
 from gnomon_storage.backends import mapped_errors
 from gnomon_storage.location import Location
-from gnomon_workers.failpoints import Failpoint, failing_during, failpoint
-from gnomon_workers.train.checkpoints import (
-    FORMAT,
-    NAME,
-    Checkpoint,
-    Shard,
-    committed_checkpoints,
-    digest_of,
-    file_tensors,
-)
+from gnomon_workers.checkpoints.format import FORMAT, NAME, Checkpoint, Shard, committed_checkpoints, digest_of
+from gnomon_workers.checkpoints.tensor_file import write_tensors
+from gnomon_workers.runtime.failpoints import Failpoint, failing_during, failpoint
+from gnomon_workers.runtime.scratch import scratch_folder
 from gnomon_workers.train.metrics import max_alignment_deviation
-from gnomon_workers.train.scratch import scratch_folder
+from gnomon_workers.train.state import file_tensors
 from gnomon_workers.train.step import TrainStep
-from gnomon_workers.train.tensor_file import write_tensors
 
 N_KEPT: Final = 2
 """Checkpoints kept: the last, and the one before it in case the last is found damaged."""

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from gnomon.errors import GnomonError
-from gnomon_workers.failpoints import Failpoint, failpoint
 from gnomon_workers.kernels.choice import choose_kernels
-from gnomon_workers.kernels.interface import RowGradients
 from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 from gnomon_workers.sae.alignment import alignment_scores, check_pole
 from gnomon_workers.sae.encoder import Encoder, PreActivations, choose_encoder_dtype
 from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.optimizer import AdamState, learning_rate, owned_rows, share_rows
 from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.plan import TrainPlan, scale_of
+from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.sparse import FeatureSegments, Picks, segment_sums, sort_by_feature
 from gnomon_workers.sae.variants import Batch, make_variant
 from gnomon_workers.train.exchange import exchange, exchanges_batch, fired_anywhere, reduce_dense, start_inputs
-from gnomon_workers.train.optimizer import AdamState, learning_rate, owned_rows, share_rows
-from gnomon_workers.train.plan import TrainPlan, scale_of
 
 
 class NonFinite(GnomonError):

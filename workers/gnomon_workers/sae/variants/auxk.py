@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gnomon.specs import AuxK
-from gnomon_workers.parallel.select import global_topk
+from gnomon_workers.sae.global_selection import global_topk
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.variants.base import Batch, Setting, Terms, float32_values, plain_gradient, sum_of_squares
 

@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gnomon_workers.kernels.interface import Kernels
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.arrays import offsets_of
 from gnomon_workers.sae.encoder import PreActivations
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.parameters import Parameters
+from gnomon_workers.sae.products import Kernels
 from gnomon_workers.sae.sparse import Picks
 
 

@@ -6,7 +6,7 @@ Sources: Gao et al. 2024, arXiv:2406.04093; Bussmann et al. 2024, arXiv:2412.064
 from __future__ import annotations
 
 from gnomon.specs import BatchTopK, Matryoshka, TopK
-from gnomon_workers.parallel.select import BatchTopKSelector, topk_of
+from gnomon_workers.sae.global_selection import BatchTopKSelector, topk_of
 from gnomon_workers.sae.sparse import Picks
 from gnomon_workers.sae.variants.auxk import Auxiliary
 from gnomon_workers.sae.variants.base import (

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gnomon_workers.kernels.interface import Kernels
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.arrays import kth_largest
 from gnomon_workers.sae.encoder import PreActivations
+from gnomon_workers.sae.products import Kernels
 from gnomon_workers.sae.selection import Candidates, GroupedRows, Maxima, group_maxima, keep_largest, local_topk
 from gnomon_workers.sae.sparse import Picks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gnomon.errors import InvalidRequest
-from gnomon_workers.harvest.gguf_header import GgufHeader, parse_gguf
+from gnomon_workers.models.gguf_header import GgufHeader, parse_gguf
 
 MAX_HEADER_BYTES: Final = 32 << 20
 MAX_CONFIG_BYTES: Final = 4 << 20

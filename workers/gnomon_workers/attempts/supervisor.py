@@ -15,8 +15,8 @@ from typing import Any, Final
 from gnomon.errors import GnomonError
 from gnomon_workers.evaluate.job import run_evaluate
 from gnomon_workers.harvest.job import run_harvest
-from gnomon_workers.protocol import Assignment, Outcome, Poll
-from gnomon_workers.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.runtime.protocol import Assignment, Outcome, Poll
+from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from gnomon_workers.train.job import run_train
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from gnomon_workers.reporting import WorkerLost
+from gnomon_workers.runtime.reporting import WorkerLost
 
 PLACEMENT_DEADLINE_S: Final = 120.0
 """An unsatisfiable placement group waits for ever; after this it is an error."""

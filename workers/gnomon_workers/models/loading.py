@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from gnomon.errors import Unavailable
 from gnomon.specs import ModelSource
 from gnomon_storage.location import resolve_input
-from gnomon_workers.harvest.checkpoint_files import read_config
-from gnomon_workers.harvest.gguf_folder import gguf_folder
-from gnomon_workers.harvest.hub import HUB_ID, MODEL_FILES, unanswered
-from gnomon_workers.harvest.modules import is_causal
+from gnomon_workers.models.gguf_folder import gguf_folder
+from gnomon_workers.models.hub import HUB_ID, MODEL_FILES, unanswered
+from gnomon_workers.models.modules import is_causal
+from gnomon_workers.models.weight_files import read_config
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

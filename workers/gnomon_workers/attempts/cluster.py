@@ -10,8 +10,8 @@ from typing import Any, Final, Self, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from gnomon_workers.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, Poll
-from gnomon_workers.supervisor import Supervisor
+from gnomon_workers.attempts.supervisor import Supervisor
+from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, Poll
 
 ANSWER_S: Final = 15.0
 """Longest wait for a supervisor's answer before the cluster counts as unreachable."""

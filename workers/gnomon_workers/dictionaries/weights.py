@@ -1,39 +1,26 @@
-"""Export: the SAELens folder of a trained dictionary, with its provenance.
+"""The weights of a trained dictionary, written shard by shard into a mapped file: no process ever holds a whole matrix.
 
-    dictionaries/<id>/attempt-0002/
-      cfg.json  sae_weights.safetensors  sparsity.safetensors  runner_cfg.json
-      gnomon.json      manifest with digests and the record, written last: the folder is published iff it exists
-
-Weights are written shard by shard into a mapped file, so no process ever holds a whole matrix. The scaling of the
-inputs is folded into biases and threshold; the weights stay as they are, so <w, d> = 1 holds in the export too.
-Hooks of different scales, in crosscoders and transcoders, have theirs folded into the weights as well.
+The scaling of the inputs is folded into biases and threshold; the weights stay as they are, so <w, d> = 1 holds in the
+export too. Hooks of different scales, in crosscoders and transcoders, have theirs folded into the weights as well.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
 from gnomon.dictionary_config import Activation as Kind
 from gnomon.specs import Activation, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
 from gnomon_storage.location import Location
-from gnomon_workers.train.checkpoints import Checkpoint, Shard, open_shard
-from gnomon_workers.train.plan import HookRows, TrainPlan
+from gnomon_workers.checkpoints.format import Checkpoint, Shard, open_shard
+from gnomon_workers.sae.plan import HookRows, TrainPlan
 
-MANIFEST: Final = "gnomon.json"
-FORMAT: Final = "gnomon-dictionary-1"
 WEIGHTS: Final = "sae_weights.safetensors"
-_SAELENS_FORMAT: Final = "6.54.0"
-"""SAELens version whose layout is written; below 6.0.0 its loader throws the metadata away."""
 _VECTORS: Final[dict[Kind, tuple[str, ...]]] = {
     "topk": ("b_enc",),
     "standard": ("b_enc",),
@@ -41,8 +28,8 @@ _VECTORS: Final[dict[Kind, tuple[str, ...]]] = {
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
 """Tensors (d_sae,) of each kind of dictionary."""
-_ATTEMPT: Final = re.compile(r"^attempt-\d{4}$")
-_LAYER: Final = re.compile(r"^(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)$")
+
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -142,89 +129,3 @@ def _create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> di
         name: np.memmap(path, np.float32, "r+", base + header[name]["data_offsets"][0], shape)
         for name, shape in shapes.items()
     }
-
-
-def saelens_config(plan: TrainPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json of the folder; SAELens loads it unless it is a crosscoder, or a TopK or gated transcoder."""
-    kind = exported_kind(plan.activation)
-    config: dict[str, Any] = {
-        "architecture": _architecture(plan, kind),
-        "d_in": plan.d_in,
-        "d_sae": plan.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": plan.target is None,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-    }
-    if isinstance(plan.activation, TopK):
-        config |= {"k": plan.activation.k, "rescale_acts_by_decoder_norm": False}
-    if plan.target is not None:
-        config["d_out"] = plan.d_out
-    if len(plan.inputs) > 1:
-        config |= {"activation": kind, "hooks": {hook.name: hook.width for hook in plan.inputs}}
-    config["metadata"] = {
-        "sae_lens_version": _SAELENS_FORMAT,
-        **_hook_metadata(plan),
-        "training_architecture": plan.activation.kind,
-        **metadata,
-    }
-    return config
-
-
-def _architecture(plan: TrainPlan, kind: Kind) -> str:
-    if len(plan.inputs) > 1:
-        return "crosscoder"
-    if plan.target is None:
-        return kind
-    return "transcoder" if kind == "standard" else f"{kind}_transcoder"
-
-
-def _hook_metadata(plan: TrainPlan) -> dict[str, str]:
-    names = {"hook_name": transformer_lens_name(plan.inputs[0].name), "hf_hook_name": plan.inputs[0].name}
-    if plan.target is not None:
-        names |= {"hook_name_out": transformer_lens_name(plan.target.name), "hf_hook_name_out": plan.target.name}
-    return names
-
-
-def transformer_lens_name(hook_name: str) -> str:
-    """TransformerLens' name of a hook: "model.layers.6" is blocks.6.hook_resid_post; others keep their name."""
-    layer = _LAYER.match(hook_name)
-    return f"blocks.{layer[1]}.hook_resid_post" if layer else hook_name
-
-
-def write_sparsity(path: Path, firing_frequency: torch.Tensor) -> None:
-    """sparsity.safetensors: log10 of how often each feature fires, (d_sae,)."""
-    save_file({"sparsity": torch.log10(firing_frequency.float() + 1e-10).contiguous()}, path)
-
-
-def published(dictionary: Location) -> dict[str, Any] | None:
-    """The record of a dictionary that some attempt published, or None."""
-    for name in filter(_ATTEMPT.match, dictionary.list()):
-        manifest = dictionary.child(name, MANIFEST)
-        if manifest.exists():
-            record: dict[str, Any] = manifest.read_json()["record"]
-            return record
-    return None
-
-
-def publish(folder: Location, local: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Upload a local folder, then its manifest; returns the record with location and files added."""
-    folder.upload(local)
-    files = {file.name: file for file in sorted(local.iterdir())}
-    whole = {
-        **record,
-        "location": folder.url,
-        "files": {name: file.stat().st_size for name, file in files.items()},
-    }
-    digests = {name: _digest(file) for name, file in files.items()}
-    folder.child(MANIFEST).write_json({"format": FORMAT, "record": whole, "blake2b": digests})
-    return whole
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

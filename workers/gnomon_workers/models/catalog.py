@@ -1,4 +1,4 @@
-"""What a harvest would read, looked at before it is queued: the model, its hooks, and the text.
+"""A model looked up before anything is queued: what it is, how many positions it has, and its hooks.
 
 Imports neither torch nor Ray, so the API process can use it.
 """
@@ -14,25 +14,20 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from gnomon.errors import InvalidRequest
-from gnomon.specs import HarvestSpec, ModelSource
+from gnomon.specs import ModelSource
+from gnomon_storage.digests import combine, file_digest
 from gnomon_storage.location import Location, resolve_input
-from gnomon_workers.harvest.checkpoint_files import (
+from gnomon_workers.models.gguf_header import GgufHeader
+from gnomon_workers.models.gguf_names import gguf_tensor_name
+from gnomon_workers.models.hub import HUB_ID, find_hub_model
+from gnomon_workers.models.modules import find_modules, is_causal
+from gnomon_workers.models.weight_files import (
     bad_model,
     read_config,
     read_gguf,
     tensor_shapes,
     weight_files,
 )
-from gnomon_workers.harvest.fingerprint import combine, file_digest
-from gnomon_workers.harvest.gguf_header import GgufHeader
-from gnomon_workers.harvest.gguf_names import gguf_tensor_name
-from gnomon_workers.harvest.hub import HUB_ID, find_hub_model
-from gnomon_workers.harvest.modules import find_modules, is_causal
-from gnomon_workers.harvest.text import check_text
-
-__all__ = [
-    "ModelDescription", "check_context_length", "check_hook", "check_text", "describe_model", "store_id",
-]  # fmt: skip
 
 ModelKind = Literal["hub", "folder", "gguf"]
 TOKENIZER_FILES: Final = (
@@ -40,8 +35,6 @@ TOKENIZER_FILES: Final = (
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 GGUF_ARCHITECTURES: Final = ("llama",)
-_LAYOUT_VERSION: Final = 1
-"""Grows when the same spec would give other rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +107,6 @@ def check_context_length(length: int, description: ModelDescription) -> None:
             f"{description.source!r}; lower it",
             code="context_too_long",
         )
-
-
-def store_id(spec: HarvestSpec, model_fingerprint: str, text_fingerprint: str) -> str:
-    """The id of the store that a harvest makes: a hash of everything that determines its rows, and of nothing else."""
-    fields = spec.model_dump(mode="json", exclude={"model": {"source", "revision"}, "text": True, "n_workers": True})
-    fields["hooks"] = sorted(fields["hooks"])
-    parts = {"spec": fields, "model": model_fingerprint, "text": text_fingerprint, "layout": _LAYOUT_VERSION}
-    return "act_" + combine(parts)[:32]
 
 
 def _describe_folder(source: str, location: Location, folder: Path) -> ModelDescription:

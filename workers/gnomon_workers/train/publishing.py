@@ -14,12 +14,14 @@ from typing import Any, Final
 import torch
 
 from gnomon.dictionary import load_folder
+from gnomon_workers.checkpoints.format import Checkpoint
+from gnomon_workers.dictionaries.folder import publish
+from gnomon_workers.dictionaries.saelens import saelens_config, write_sparsity
+from gnomon_workers.dictionaries.weights import WEIGHTS, write_weights
 from gnomon_workers.evaluate.job import run_evaluation
 from gnomon_workers.evaluate.metrics import alignment_metrics
-from gnomon_workers.export import WEIGHTS, publish, saelens_config, write_sparsity, write_weights
-from gnomon_workers.reporting import Reporter
-from gnomon_workers.train.checkpoints import Checkpoint
-from gnomon_workers.train.plan import TrainPlan
+from gnomon_workers.runtime.reporting import Reporter
+from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.train.run import TrainRun
 
 _LABEL_LENGTH: Final = 256

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gnomon.errors import CorruptArtifact
-from gnomon_workers.failpoints import Failpoint, failpoint
+from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 
 PIECE_BYTES: Final = 16 << 20
 """What is copied at once: all that a device's tensors need of the host's memory."""

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gnomon.errors import InvalidRequest
-from gnomon_workers.harvest.gguf_names import gguf_tensor_name
+from gnomon_workers.models.gguf_names import gguf_tensor_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _CONVERTER_VERSION: Final = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gnomon.errors import InvalidRequest, Unavailable
-from gnomon_workers.harvest.checkpoint_files import bad_model, read_config, tensor_shapes, weight_files
+from gnomon_workers.models.weight_files import bad_model, read_config, tensor_shapes, weight_files
 
 HUB_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
 COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, Final
 
-from gnomon_workers.protocol import Report, ReportKind
+from gnomon_workers.runtime.protocol import Report, ReportKind
 
 _PROGRESS_SHARE: Final = 1 / 200
 _PROGRESS_MIN_S: Final = 0.4

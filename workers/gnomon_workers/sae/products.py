@@ -11,10 +11,10 @@ from torch import Tensor
 from gnomon.specs import Alignment
 from gnomon_workers.sae.encoder import PreActivations
 from gnomon_workers.sae.gradient import SparseGradient
+from gnomon_workers.sae.optimizer import AdamState
 from gnomon_workers.sae.parameters import Parameters
 from gnomon_workers.sae.selection import Candidates
 from gnomon_workers.sae.sparse import FeatureSegments, Picks
-from gnomon_workers.train.optimizer import AdamState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,52 @@
+"""A dictionary's folder: the files of SAELens, and a manifest that publishes them.
+
+dictionaries/<id>/attempt-0002/
+  cfg.json  sae_weights.safetensors  sparsity.safetensors  runner_cfg.json
+  gnomon.json      manifest with digests and the record, written last: the folder is published iff it exists
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from gnomon_storage.location import Location
+
+MANIFEST: Final = "gnomon.json"
+FORMAT: Final = "gnomon-dictionary-1"
+_ATTEMPT: Final = re.compile(r"^attempt-\d{4}$")
+
+
+def published(dictionary: Location) -> dict[str, Any] | None:
+    """The record of a dictionary that some attempt published, or None."""
+    for name in filter(_ATTEMPT.match, dictionary.list()):
+        manifest = dictionary.child(name, MANIFEST)
+        if manifest.exists():
+            record: dict[str, Any] = manifest.read_json()["record"]
+            return record
+    return None
+
+
+def publish(folder: Location, local: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Upload a local folder, then its manifest; returns the record with location and files added."""
+    folder.upload(local)
+    files = {file.name: file for file in sorted(local.iterdir())}
+    whole = {
+        **record,
+        "location": folder.url,
+        "files": {name: file.stat().st_size for name, file in files.items()},
+    }
+    digests = {name: _digest(file) for name, file in files.items()}
+    folder.child(MANIFEST).write_json({"format": FORMAT, "record": whole, "blake2b": digests})
+    return whole
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

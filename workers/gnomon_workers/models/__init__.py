@@ -1,0 +1,1 @@
+"""A model looked up, and loaded: from the hub, a folder or a GGUF file."""
