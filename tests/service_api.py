@@ -14,9 +14,9 @@ from starlette.testclient import TestClient
 
 from gnomon.resources import Job
 from gnomon_service.app import make_app
-from gnomon_service.auth import SCOPES, Keys, Scope
 from gnomon_service.db.engine import Database
 from gnomon_service.settings import Settings
+from gnomon_service.tenancy.keys import SCOPES, Keys, Scope
 from tests.service_jobs import Bench
 
 D_IN = 16

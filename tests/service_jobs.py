@@ -10,11 +10,11 @@ from sqlalchemy import select, update
 from gnomon.resources import Event, Job
 from gnomon.specs import HarvestSpec, JobRequest, ModelSource, StoredActivations, TextSource, TrainSpec
 from gnomon_service.db.engine import Database
+from gnomon_service.db.reads import list_events, read_job
 from gnomon_service.db.tables import activation_stores, jobs
-from gnomon_service.lease import HeldJob, RetryPolicy
-from gnomon_service.leases import Leases
-from gnomon_service.queue import Plan, Queue
-from gnomon_service.reads import list_events, read_job
+from gnomon_service.jobs.held import HeldJob, RetryPolicy
+from gnomon_service.jobs.leases import Leases
+from gnomon_service.jobs.submission import Plan, Queue
 
 PROJECT = "default"
 STORE_RECORD = {"n_rows": 900, "n_held_out_rows": 60, "n_bytes": 12_345, "hooks": {"model.layers.1": 16}}

@@ -8,16 +8,16 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import gnomon
-from gnomon_service.auth import Keys
 from gnomon_service.db.engine import Database
-from gnomon_service.deps import Services
-from gnomon_service.gate import KeyGate
-from gnomon_service.limits import BodyLimits
-from gnomon_service.metrics import Metrics, RequestMetrics
-from gnomon_service.problems import add_problem_handlers
-from gnomon_service.queue import Queue
-from gnomon_service.routes import activations, cluster, dictionaries, health, jobs, keys
+from gnomon_service.jobs.submission import Queue
+from gnomon_service.rest.body_limits import BodyLimits
+from gnomon_service.rest.deps import Services
+from gnomon_service.rest.key_gate import KeyGate
+from gnomon_service.rest.metrics import Metrics, RequestMetrics
+from gnomon_service.rest.problems import add_problem_handlers
+from gnomon_service.rest.routes import activations, cluster, dictionaries, health, jobs, keys
 from gnomon_service.settings import Settings
+from gnomon_service.tenancy.keys import Keys
 from gnomon_storage.location import Location
 
 

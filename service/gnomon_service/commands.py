@@ -17,9 +17,9 @@ import typer
 from gnomon.errors import GnomonError, InvalidRequest
 
 if TYPE_CHECKING:
-    from gnomon_service.auth import Scope
     from gnomon_service.db.engine import Database
     from gnomon_service.settings import Settings
+    from gnomon_service.tenancy.keys import Scope
 
 # Heavy modules are imported by the command that needs them, so that `gnomon --help` stays quick.
 
@@ -50,9 +50,9 @@ def up(
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use; default all.")] = None,
 ) -> None:
     """Run the whole service on this machine until Ctrl-C."""
+    from gnomon_service.local.embedded import CLIENT_FILE, Embedded
     from gnomon_service.logs import setup_logging
     from gnomon_service.settings import load_settings
-    from gnomon_service.up import CLIENT_FILE, Embedded
 
     settings = load_settings(home=home, host=host, port=port, n_cpus=cpus)
     setup_logging("up", settings.log_level)
@@ -94,12 +94,12 @@ def api() -> None:
 def dispatcher() -> None:
     """Run the dispatcher process; SIGTERM leaves running jobs on the cluster for the next one."""
     from gnomon_service.db.engine import Database
-    from gnomon_service.dispatcher import Dispatcher
-    from gnomon_service.lease import RetryPolicy
-    from gnomon_service.leases import Leases
+    from gnomon_service.dispatch.cluster_state import Observations
+    from gnomon_service.dispatch.loop import Dispatcher
+    from gnomon_service.jobs.held import RetryPolicy
+    from gnomon_service.jobs.leases import Leases
+    from gnomon_service.local.processes import wait_for_address
     from gnomon_service.logs import setup_logging
-    from gnomon_service.observed import Observations
-    from gnomon_service.processes import wait_for_address
     from gnomon_service.settings import load_settings
     from gnomon_workers.attempts.cluster import RayCluster
 
@@ -135,7 +135,7 @@ def create_key(
     home: Home = None,
 ) -> None:
     """Make an API key and print it: the only time it is shown."""
-    from gnomon_service.auth import Keys
+    from gnomon_service.tenancy.keys import Keys
 
     _, database = _open_database(home)
     scopes = _check_scopes(scope or ["read", "write"])
@@ -147,7 +147,7 @@ def create_key(
 @keys_app.command("list")
 def list_keys(project: Project = "default", home: Home = None) -> None:
     """List the API keys of a project, without their secrets."""
-    from gnomon_service.auth import Keys
+    from gnomon_service.tenancy.keys import Keys
 
     _, database = _open_database(home)
     for key in Keys(database).list(project):
@@ -162,7 +162,7 @@ def revoke_key(
     home: Home = None,
 ) -> None:
     """Revoke an API key; it is refused from now on."""
-    from gnomon_service.auth import Keys
+    from gnomon_service.tenancy.keys import Keys
 
     _, database = _open_database(home)
     Keys(database).revoke(project, key_id)
@@ -190,7 +190,7 @@ def _open_database(home: Path | None) -> tuple[Settings, Database]:
 
 
 def _check_scopes(scopes: list[str]) -> tuple[Scope, ...]:
-    from gnomon_service.auth import SCOPES
+    from gnomon_service.tenancy.keys import SCOPES
 
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown:

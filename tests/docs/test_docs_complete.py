@@ -28,7 +28,7 @@ from gnomon.specs import (
     TrainSpec,
 )
 from gnomon_service.app import make_app
-from gnomon_service.gate import PUBLIC_PATHS
+from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_service.settings import Settings
 from tests.docs.blocks import ROOT, blocks
 

@@ -14,8 +14,8 @@ import pytest
 
 import gnomon
 from gnomon.client import Client
+from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
-from gnomon_service.up import Embedded
 from tests.docs.blocks import ROOT, example
 from tests.glass import make_corpus, make_glass_folder
 

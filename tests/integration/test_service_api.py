@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gnomon_service.db.engine import Database
-from gnomon_service.gate import PUBLIC_PATHS
+from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_storage.location import Location
 from tests.service_api import Service, running_service
 from tests.service_jobs import DICTIONARY_RECORD, stored, train_spec
@@ -320,7 +320,7 @@ def test_an_unexpected_error_tells_nothing(service: Service, monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("gnomon_service.reads.list_jobs", fail)
+    monkeypatch.setattr("gnomon_service.db.reads.list_jobs", fail)
     answer = service.client().get("/v1/jobs")
     expect_problem(answer, 500, "internal")
     assert "secret" not in answer.text

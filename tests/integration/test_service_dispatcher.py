@@ -9,9 +9,9 @@ import pytest
 
 from gnomon.errors import InvalidRequest, Unavailable
 from gnomon_service.db.engine import Database
-from gnomon_service.dispatcher import Dispatcher
-from gnomon_service.observed import Observations
-from gnomon_service.reads import read_cluster
+from gnomon_service.db.reads import read_cluster
+from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.loop import Dispatcher
 from gnomon_service.settings import Settings
 from gnomon_workers.runtime.protocol import Cluster
 from tests.service_cluster import MemoryCluster

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gnomon_service.observed import Observations
+from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_workers.runtime.protocol import ClusterSnapshot
 from tests.integration.test_service_api import expect_problem
 from tests.service_api import N_POSITIONS, Service, running_service

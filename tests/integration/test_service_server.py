@@ -12,7 +12,7 @@ import httpx2
 import pytest
 import uvicorn
 
-from gnomon_service.processes import free_port
+from gnomon_service.local.processes import free_port
 from tests.service_api import Service, running_service
 from tests.service_jobs import STORE_RESULT
 

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from gnomon.errors import Unavailable
-from gnomon_service.local_ray import LocalRay
-from gnomon_service.processes import find_processes, sweep
+from gnomon_service.local.embedded import Embedded
+from gnomon_service.local.processes import find_processes, sweep
+from gnomon_service.local.ray_head import LocalRay
 from gnomon_service.settings import load_settings
-from gnomon_service.up import Embedded
 
 pytestmark = pytest.mark.slow
 

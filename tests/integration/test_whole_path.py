@@ -29,8 +29,8 @@ from gnomon.specs import (
     TextSource,
     TrainSpec,
 )
+from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
-from gnomon_service.up import Embedded
 from tests.glass import make_corpus, make_glass_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

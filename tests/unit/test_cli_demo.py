@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gnomon.errors import CorruptArtifact, InvalidRequest
 from gnomon.specs import HarvestSpec, TrainSpec
-from gnomon_service.demo import BATCH_SIZE, N_STEPS, find_package_file, make_spec, prepare_text, result_table
+from gnomon_service.local.demo import BATCH_SIZE, N_STEPS, find_package_file, make_spec, prepare_text, result_table
 
 ARTICLES = {
     title: {"title": title, "extract": f"{title} is a thing.", "description": "x", "topic": "Arts"}

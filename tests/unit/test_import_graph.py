@@ -18,19 +18,58 @@ LAYERS = {
     "gnomon_service": ROOT / "service/gnomon_service",
 }
 ORDER = list(LAYERS)
+ROOMS = {
+    # from the top down: a room imports only what stands below it
+    "gnomon_workers": [
+        "attempts", "train", "evaluate", "dictionaries", "kernels", "checkpoints", "sae", "harvest", "parallel",
+        "models", "runtime",
+    ],
+    "gnomon_service": [
+        "__main__", "commands", "app", "rest", "local", "planning", "dispatch", "jobs", "tenancy", "db", "settings",
+        "logs",
+    ],
+}  # fmt: skip
+MAX_ROOMS = 13
+"""Of a package: more is a heap, in which nobody finds anything."""
 PICKLES = {"cloudpickle", "dill", "jsonpickle", "joblib", "pickle", "shelve"}
 PICKLED_CALLS = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load"), ("np", "save")}
 SOURCES = sorted(path for folder in LAYERS.values() for path in folder.rglob("*.py"))
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Top-level packages that a file imports, anywhere in it."""
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of every module that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield (node.module or "").partition(".")[0]
+            module = node.module or ""
+            # `from package import room` names a room only there
+            names = [f"{module}.{alias.name}" for alias in node.names] if module in LAYERS else [module]
+            yield from ((node.lineno, name) for name in names)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    return (name.partition(".")[0] for _, name in imported_modules(path))
+
+
+def room_of(path: Path, package: str) -> str:
+    """The folder below the package that a file lies in, or the file itself."""
+    first = path.relative_to(LAYERS[package]).parts[0]
+    return first.removesuffix(".py")
+
+
+def faults_of(path: Path, package: str) -> list[str]:
+    """Imports of a file that break the order of rooms, each as a sentence."""
+    order, room = ROOMS[package], room_of(path, package)
+    faults = []
+    for line, module in imported_modules(path):
+        parts = module.split(".")
+        is_room = parts[0] == package and len(parts) > 1 and parts[1] in order
+        if is_room and order.index(parts[1]) < order.index(room):
+            faults.append(f"{label(path)}:{line} imports {module}, but {room!r} stands below {parts[1]!r}")
+    return faults
 
 
 def label(path: Path) -> str:
@@ -47,6 +86,35 @@ def test_imports_point_one_way(path: Path) -> None:
     layer = next(name for name, folder in LAYERS.items() if path.is_relative_to(folder))
     above = set(ORDER[ORDER.index(layer) + 1 :])
     assert not above & set(imported(path)), f"{layer} imports what lies above it"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_has_a_place_in_the_order(package: str) -> None:
+    rooms = {room_of(path, package) for path in SOURCES if path.is_relative_to(LAYERS[package])} - {"__init__"}
+    assert rooms == set(ROOMS[package]), "say in ROOMS what it may import"
+    assert len(rooms) <= MAX_ROOMS
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_room_imports_only_what_stands_below_it(package: str) -> None:
+    files = [path for path in SOURCES if path.is_relative_to(LAYERS[package]) and path.parent != LAYERS[package]]
+    files += [LAYERS[package] / f"{room}.py" for room in ROOMS[package] if (LAYERS[package] / f"{room}.py").exists()]
+    faults = [fault for path in files for fault in faults_of(path, package)]
+    assert not faults, "\n".join(faults)
+
+
+def test_an_import_upwards_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, "gnomon_workers", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "sae").mkdir()
+    file = tmp_path / "sae" / "step.py"
+    file.write_text(
+        "import math\nfrom gnomon_workers.train.step import TrainStep\nfrom gnomon_workers import kernels\n"
+    )
+    assert faults_of(file, "gnomon_workers") == [
+        "sae/step.py:2 imports gnomon_workers.train.step, but 'sae' stands below 'train'",
+        "sae/step.py:3 imports gnomon_workers.kernels, but 'sae' stands below 'kernels'",
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)
@@ -114,7 +182,7 @@ def test_api_process_imports_neither_ray_nor_torch() -> None:
 
 
 def test_listing_commands_imports_neither_ray_nor_torch() -> None:
-    probe("gnomon_service.commands", "gnomon_service.demo", forbidden={"ray", "torch", "transformers"})
+    probe("gnomon_service.commands", "gnomon_service.local.demo", forbidden={"ray", "torch", "transformers"})
 
 
 def test_protocol_of_the_workers_imports_neither_ray_nor_torch() -> None:

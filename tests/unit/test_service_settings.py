@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from gnomon.errors import InvalidRequest
-from gnomon_service.auth import Principal
-from gnomon_service.ids import make_id
+from gnomon_service.jobs.ids import make_id
 from gnomon_service.logs import JsonFormatter
-from gnomon_service.problems import plain_path
+from gnomon_service.rest.problems import plain_path
 from gnomon_service.settings import load_settings
+from gnomon_service.tenancy.keys import Principal
 
 
 def test_defaults_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from gnomon.resources import ActivationStore, Page
-from gnomon_service import reads, stores
-from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep, Writer
+from gnomon_service.db import reads
+from gnomon_service.jobs import artifacts as stores
+from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep, Writer
 
 router = APIRouter(prefix="/v1/activations", tags=["activations"])
 

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from gnomon.errors import Unavailable
 from gnomon.resources import Event
 from gnomon_service.db.engine import Database
-from gnomon_service.reads import list_events
+from gnomon_service.db.reads import list_events
 
 PING_S = 15.0
 """Silence after which a comment is sent, so that nothing between here and the client takes the line for dead."""

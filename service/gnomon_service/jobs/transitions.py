@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, se
 from gnomon.resources import TERMINAL_STATES, JobState
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import attempts, job_dependencies, job_events, jobs, legal_transitions
-from gnomon_service.stores import fail_store, publish, seal_store
+from gnomon_service.jobs.artifacts import fail_store, publish, seal_store
 
 BY_USER = "cancelled by the user"
 

@@ -58,8 +58,8 @@ def demo(
     """Train a small dictionary of a real language model on this machine, end to end."""
     # Imported here, so that listing the commands stays quick.
     from gnomon.client import Client
+    from gnomon_service.local.embedded import Embedded
     from gnomon_service.settings import load_settings
-    from gnomon_service.up import Embedded
 
     started = time.monotonic()
     console = Console()

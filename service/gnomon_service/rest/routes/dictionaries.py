@@ -9,8 +9,8 @@ from starlette.responses import StreamingResponse
 
 from gnomon.errors import NotFound
 from gnomon.resources import Dictionary, Page
-from gnomon_service import reads
-from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep
+from gnomon_service.db import reads
+from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep
 from gnomon_storage.location import Location
 
 router = APIRouter(prefix="/v1/dictionaries", tags=["dictionaries"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from gnomon.resources import Cluster
-from gnomon_service import reads
-from gnomon_service.deps import Reader, ServicesDep
+from gnomon_service.db import reads
+from gnomon_service.rest.deps import Reader, ServicesDep
 
 router = APIRouter(prefix="/v1/cluster", tags=["cluster"])
 

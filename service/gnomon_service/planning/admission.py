@@ -13,8 +13,8 @@ from gnomon.errors import Conflict, InvalidRequest
 from gnomon.resources import ActivationStore, Cluster
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, Mesh, StoredActivations, TrainSpec
 from gnomon_service.db.engine import Database
-from gnomon_service.queue import Plan
-from gnomon_service.reads import find_store, read_cluster, read_dictionary, read_store
+from gnomon_service.db.reads import find_store, read_cluster, read_dictionary, read_store
+from gnomon_service.jobs.submission import Plan
 from gnomon_service.settings import Settings
 from gnomon_storage.activations import ActivationStore as StoredRows
 from gnomon_storage.location import Location

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from gnomon_service.processes import free_port
+from gnomon_service.local.processes import free_port
 from gnomon_service.settings import Settings
 
 HOST = "127.0.0.1"

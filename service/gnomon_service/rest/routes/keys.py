@@ -9,8 +9,8 @@ from pydantic import Field, StringConstraints
 
 from gnomon.resources import ApiKey, NewApiKey, Page
 from gnomon.specs import Spec
-from gnomon_service.auth import Scope
-from gnomon_service.deps import Admin, ServicesDep
+from gnomon_service.rest.deps import Admin, ServicesDep
+from gnomon_service.tenancy.keys import Scope
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 

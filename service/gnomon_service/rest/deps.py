@@ -7,11 +7,11 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
-from gnomon_service.auth import Keys, Principal
 from gnomon_service.db.engine import Database
-from gnomon_service.queue import Queue
-from gnomon_service.reads import MAX_PAGE
+from gnomon_service.db.reads import MAX_PAGE
+from gnomon_service.jobs.submission import Queue
 from gnomon_service.settings import Settings
+from gnomon_service.tenancy.keys import Keys, Principal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gnomon_service.db.engine import Database
-from gnomon_service.reads import count_jobs, dispatcher_age_s, oldest_queued_s
+from gnomon_service.db.reads import count_jobs, dispatcher_age_s, oldest_queued_s
 
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 

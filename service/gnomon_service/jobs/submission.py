@@ -14,11 +14,11 @@ from gnomon.errors import Conflict
 from gnomon.resources import TERMINAL_STATES, Job
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
 from gnomon_service.db.engine import Database, database_now
+from gnomon_service.db.reads import read_job
 from gnomon_service.db.tables import job_dependencies, job_events, jobs
-from gnomon_service.ids import make_id
-from gnomon_service.reads import read_job
-from gnomon_service.stores import begin_store, find_store, result_of_sealed
-from gnomon_service.transitions import cancel, end
+from gnomon_service.jobs.artifacts import begin_store, find_store, result_of_sealed
+from gnomon_service.jobs.ids import make_id
+from gnomon_service.jobs.transitions import cancel, end
 
 _SUBMIT_LOCK = 7_600_002
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from gnomon.errors import GnomonError, InvalidRequest, Unauthenticated, Unavailable
-from gnomon_service.transitions import clean
+from gnomon_service.jobs.transitions import clean
 
 logger = logging.getLogger(__name__)
 

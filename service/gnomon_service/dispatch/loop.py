@@ -16,9 +16,9 @@ from functools import partial
 from typing import assert_never
 
 from gnomon.errors import GnomonError, LeaseLost, Unavailable
-from gnomon_service.lease import HeldJob, Lease, Wish
-from gnomon_service.leases import Leases
-from gnomon_service.observed import Observations
+from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.jobs.held import HeldJob, Lease, Wish
+from gnomon_service.jobs.leases import Leases
 from gnomon_service.settings import Settings
 from gnomon_workers.runtime.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
 

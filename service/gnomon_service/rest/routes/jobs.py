@@ -9,10 +9,10 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from gnomon.errors import InvalidRequest
 from gnomon.resources import Event, Job, JobKind, JobState, Page
 from gnomon.specs import JobRequest
-from gnomon_service import reads
-from gnomon_service.deps import Cursor, Limit, Reader, ServicesDep, Writer
-from gnomon_service.planner import check_job
-from gnomon_service.sse import EventStream
+from gnomon_service.db import reads
+from gnomon_service.planning.admission import check_job
+from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep, Writer
+from gnomon_service.rest.event_stream import EventStream
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

@@ -8,7 +8,7 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gnomon.errors import InvalidRequest, PayloadTooLarge
-from gnomon_service.problems import as_problem, make_problem
+from gnomon_service.rest.problems import as_problem, make_problem
 
 # Strings are skipped as a whole; possessive, so that no input makes the scan go back.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)

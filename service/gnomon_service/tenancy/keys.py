@@ -15,8 +15,8 @@ from sqlalchemy import RowMapping, case, insert, select, update
 from gnomon.errors import Forbidden, NotFound, Unauthenticated
 from gnomon.resources import ApiKey, NewApiKey
 from gnomon_service.db.engine import Database, database_now
+from gnomon_service.db.reads import with_times
 from gnomon_service.db.tables import api_keys
-from gnomon_service.reads import with_times
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)

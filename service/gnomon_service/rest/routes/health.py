@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from gnomon.errors import GnomonError, StoreUnavailable
-from gnomon_service.deps import Reader, Services, ServicesDep
-from gnomon_service.reads import dispatcher_age_s
+from gnomon_service.db.reads import dispatcher_age_s
+from gnomon_service.rest.deps import Reader, Services, ServicesDep
 from gnomon_storage.location import Location
 
 router = APIRouter(tags=["health"])

@@ -28,8 +28,8 @@ from gnomon.errors import LeaseLost
 from gnomon.resources import JobKind
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import attempts, job_dependencies, jobs
-from gnomon_service.lease import HeldJob, Lease, RetryPolicy, Wish
-from gnomon_service.transitions import BY_USER, add_events, clean, end, move, requeue
+from gnomon_service.jobs.held import HeldJob, Lease, RetryPolicy, Wish
+from gnomon_service.jobs.transitions import BY_USER, add_events, clean, end, move, requeue
 
 _HELD_STATES = ("scheduled", "running")
 

@@ -6,8 +6,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gnomon.errors import GnomonError
-from gnomon_service.auth import Keys
-from gnomon_service.problems import as_problem
+from gnomon_service.rest.problems import as_problem
+from gnomon_service.tenancy.keys import Keys
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
 

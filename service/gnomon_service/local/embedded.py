@@ -20,12 +20,12 @@ from typing import IO, Any, Self
 import httpx2
 
 from gnomon.errors import Conflict, Unauthenticated, Unavailable
-from gnomon_service.auth import DEFAULT_PROJECT, SCOPES, Keys
 from gnomon_service.db.engine import Database
-from gnomon_service.local_ray import HOST, LocalRay, without_ray
-from gnomon_service.observed import Observations
-from gnomon_service.processes import MARKER, Child, Supervisor, accepts_connections, free_port, sweep
+from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.local.processes import MARKER, Child, Supervisor, accepts_connections, free_port, sweep
+from gnomon_service.local.ray_head import HOST, LocalRay, without_ray
 from gnomon_service.settings import Settings
+from gnomon_service.tenancy.keys import DEFAULT_PROJECT, SCOPES, Keys
 
 CLIENT_FILE = "client.json"
 """In the home folder: where the API is and a key for it, for the SDK and the CLI."""

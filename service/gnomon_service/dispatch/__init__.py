@@ -1,0 +1,1 @@
+"""From queued jobs to attempts on the cluster, and their reports back."""

@@ -1,0 +1,1 @@
+"""HTTP: routes, who may, what is refused and how it is said."""
