@@ -51,6 +51,7 @@ class BlockedUpdate:
         params = self._parameters
         pulls = projections[segments.touched]
         through_encoder = torch.zeros_like(params.W_enc_rows[0])
+        squares = through_encoder.new_empty(len(segments.touched), dtype=torch.float64)
         self._grow(len(segments.touched))
         weights = take(sparse.values, segments.order), take(sparse.gradients, segments.order)
         rows = segments.tokens if sparse.n_rows == 1 else take(sparse.rows, segments.order)
@@ -63,8 +64,10 @@ class BlockedUpdate:
             through_encoder.addmv_(w.t(), pulls[start:stop])
             self._project(g, h, w, features)
             self._decoder[start:stop] = h
+            squares[start:stop] = _square_sums(h)
             if not self._is_tied:
                 self._encoder[start:stop] = g
+                squares[start:stop] += _square_sums(g)
         n_touched = len(segments.touched)
         decoder = self._decoder[:n_touched]
         return RowGradients(
@@ -73,6 +76,7 @@ class BlockedUpdate:
             decoder=decoder,
             vectors=vectors,
             through_encoder=through_encoder,
+            squares=squares,
         )
 
     def apply(
@@ -139,3 +143,8 @@ class BlockedUpdate:
         among = torch.searchsorted(touched, torch.tensor(starts, device=touched.device)).tolist()
         for (start, stop), (first, last) in zip(pairwise(starts), pairwise(among), strict=True):
             yield start, stop, first, last
+
+
+def _square_sums(rows: Tensor) -> Tensor:
+    """Of every row, float64."""
+    return torch.linalg.vector_norm(rows, dim=1).double().square()

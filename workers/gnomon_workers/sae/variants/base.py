@@ -156,8 +156,8 @@ def with_values(picks: Picks, values: Tensor) -> Picks:
 
 def sum_of_squares(values: Tensor) -> Tensor:
     """Sum of squares as a float64 scalar: rows in the tensor's own precision, the sum of rows in float64."""
-    rows = values.reshape(len(values), -1).square().sum(1)
-    return rows.sum(dtype=torch.float64)
+    # the norm makes no copy of the values, which are as large as a batch
+    return torch.linalg.vector_norm(values.flatten(1), dim=1).double().square().sum()
 
 
 def warm(step: int, n_steps: int) -> float:

@@ -37,13 +37,15 @@ class MatryoshkaVariant(BatchTopKVariant):
         picks = float32_values(picks, batch)
         grouped = self._by_group(picks, batch.parameters)
         residuals = self._prefix_residuals(grouped, batch)
-        n_groups, whole = residuals.shape[1], residuals[:, -1]
-        gradients = residuals.flip(1).cumsum(1).flip(1).mul_(2 / (self._batch_size * n_groups))
-        objective = sum_of_squares(residuals) / (self._batch_size * n_groups)
+        n_groups = residuals.shape[1]
+        whole = residuals[:, -1] if self._auxiliary is None else residuals[:, -1].clone()
+        squares = [sum_of_squares(residuals[:, group]) for group in range(n_groups)]
+        gradients = _suffix_sums(residuals, 2 / (self._batch_size * n_groups))
+        objective = torch.stack(squares).sum() / (self._batch_size * n_groups)
         terms = Terms(
             gradient=_gradient(grouped, batch, gradients),
             n_active=len(picks.features),
-            sums={"loss": sum_of_squares(whole) / self._batch_size, "objective": objective},
+            sums={"loss": squares[-1] / self._batch_size, "objective": objective},
             state=moved_threshold(batch, self._beta, cut),
         )
         return terms if self._auxiliary is None else self._auxiliary.add(terms, batch, whole)
@@ -61,7 +63,19 @@ class MatryoshkaVariant(BatchTopKVariant):
         """x_hat_m - x of every prefix m, (tokens, groups, d_out)."""
         parts = batch.mesh.all_reduce(batch.kernels.decode(grouped, batch.parameters.W_dec), "features")
         parts = parts.view(len(batch.targets), len(self._bounds), -1)
-        return parts.cumsum(1).sub_(batch.targets[:, None])
+        parts[:, 0] -= batch.targets
+        for group in range(1, parts.shape[1]):
+            parts[:, group] += parts[:, group - 1]
+        return parts
+
+
+def _suffix_sums(rows: Tensor, scale: float) -> Tensor:
+    """Of (tokens, groups, d_out) scale times the sum of each group and those after it, in place: what a flipped cumsum
+    gives, in a quarter of its time."""
+    rows[:, -1].mul_(scale)
+    for group in range(rows.shape[1] - 2, -1, -1):
+        torch.add(rows[:, group + 1], rows[:, group], alpha=scale, out=rows[:, group])
+    return rows
 
 
 def _gradient(grouped: Picks, batch: Batch, gradients: Tensor) -> SparseGradient:
