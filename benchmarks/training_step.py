@@ -62,6 +62,7 @@ def make_step(config: Any, *, device: str = "cpu", **fields: Any) -> Step:
     from gnomon_workers.parallel.mesh import ProcessMesh
     from gnomon_workers.sae.parameters import make_parameters
     from gnomon_workers.sae.plan import make_plan
+    from gnomon_workers.sae.variants import make_variant
     from gnomon_workers.train.step import TrainStep
 
     spec = TrainSpec(
@@ -77,7 +78,13 @@ def make_step(config: Any, *, device: str = "cpu", **fields: Any) -> Step:
     step = TrainStep(
         plan,
         make_parameters(
-            seed=config.seed, d_in=config.d, start=0, stop=config.n, b_dec=b_dec, tied=plan.alignment == "tied"
+            seed=config.seed,
+            d_in=config.d,
+            start=0,
+            stop=config.n,
+            b_dec=b_dec,
+            tied=plan.alignment == "tied",
+            vectors=make_variant(plan.activation, plan.setting).initial_vectors(),
         ),
         ProcessMesh.single(),
     )
@@ -114,12 +121,30 @@ def make_matryoshka(config: Any, **fields: Any) -> Step:
     return make_step(config, activation=Matryoshka(k=config.k), **fields)
 
 
+def make_dense_phase(kind: str) -> Callable[..., Step]:
+    """A variant without a fixed number of active features, while half of all are active: its first steps."""
+
+    def make_variant(config: Any, **fields: Any) -> Step:
+        from gnomon.specs import Gated, JumpReLU, PAnneal, ReLU
+
+        activation = {
+            "relu": ReLU(l1_coefficient=0.01),
+            "jumprelu": JumpReLU(l0_coefficient=0.001),
+            "gated": Gated(l1_coefficient=0.01),
+            "p_anneal": PAnneal(l1_coefficient=0.01),
+        }[kind]
+        return make_step(config, activation=activation, **fields)
+
+    return make_variant
+
+
 RUNS = {
     "topk": make,
     "topk-float32": make_float32,
     "topk-unaligned": make_unaligned,
     "batchtopk": make_batchtopk,
     "matryoshka": make_matryoshka,
+    **{kind: make_dense_phase(kind) for kind in ("relu", "jumprelu", "gated", "p_anneal")},
 }
 PEERS = ("sparsify", "saelens", "saelens-batchtopk")
 

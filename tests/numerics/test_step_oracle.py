@@ -12,6 +12,7 @@ from gnomon.specs import Activation, Alignment, AuxK, BatchTopK, Gated, JumpReLU
 from gnomon_workers.sae.alignment import alignment_scores
 from gnomon_workers.sae.plan import HookRows, scale_of
 from gnomon_workers.sae.reference import Reference, reference_gradients
+from gnomon_workers.sae.variants.dense import BLOCK_BYTES, DENSITY
 from gnomon_workers.sae.variants.topk import threshold_decay
 from gnomon_workers.train.step import NonFinite, TrainStep
 from tests.numerics.steps import data, gradients_of, joint_plan_of, plan_of, step_of, unsettle
@@ -74,6 +75,20 @@ def check(
         assert (grad.double() - wanted).norm() <= tolerance * wanted.norm(), tensor
     assert result.loss == pytest.approx(float(expected["loss"]), rel=tolerance)
     assert result.objective == pytest.approx(float(expected["objective"]), rel=tolerance)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0], ids=["picks", "matrices"])
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("name", [*sorted(PENALTIES), "p_anneal"])
+def test_steps_from_picks_and_from_matrices_equal_autograd(
+    density: float, alignment: Alignment, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(plan_of(alignment=alignment, activation=ACTIVATIONS[name]), dtype=torch.float64)
+    unsettle(step)
+    assert DENSITY in step.state
+    step.state[DENSITY] = density
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 4 * 32 * 40)  # 96 features in blocks of 40, the last of 16
+    check(step, data(32, dtype=torch.float64), name, 1e-12, monkeypatch)
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)

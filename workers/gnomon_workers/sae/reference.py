@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gnomon.specs import Activation, Alignment, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
-from gnomon_workers.sae.variants.relu import FLOOR
+from gnomon_workers.sae.variants.penalties import FLOOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gnomon.errors import GnomonError
 from gnomon_workers.kernels.choice import choose_kernels
+from gnomon_workers.kernels.dense import dense_gradients
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 from gnomon_workers.sae.alignment import alignment_scores, check_pole
@@ -21,6 +23,7 @@ from gnomon_workers.sae.plan import TrainPlan, scale_of
 from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.sparse import FeatureSegments, Picks, segment_sums, sort_by_feature
 from gnomon_workers.sae.variants import Batch, make_variant
+from gnomon_workers.sae.variants.dense import DenseGradient
 from gnomon_workers.train.exchange import exchange, exchanges_batch, fired_anywhere, reduce_dense, start_inputs
 
 
@@ -65,6 +68,7 @@ class TrainStep:
         device = parameters.W_dec.device
         n_products = plan.batch_size * plan.d_in * plan.d_sae
         dtype = choose_encoder_dtype(plan.encoder_dtype, n_products=n_products, device=device, mesh=mesh)
+        self._dense_dtype = choose_encoder_dtype(plan.dense_dtype, n_products=n_products, device=device, mesh=mesh)
         self._encoder = Encoder(dtype)
         self._kernels = choose_kernels(plan.kernels, device)
         self._exchanges_batch = mesh.dp == 1 or exchanges_batch(plan)
@@ -81,13 +85,10 @@ class TrainStep:
         all_inputs = start_inputs(encoder_inputs, self.mesh) if self._exchanges_batch else None
         with clock.section("sparse"):
             terms = self.variant.terms(self._batch(step, encoder_inputs, targets))
-            sparse = exchange(terms.gradient, all_inputs, self.mesh) if all_inputs is not None else terms.gradient
-            segments = sort_by_feature(sparse.features, sparse.tokens)
-            gradients = self._gradients(sparse, segments)
-            fired = sparse.fired(segments.touched)
-            if all_inputs is None:
-                gradients = reduce_dense(gradients, self.parameters.n_local, self.mesh)
-                fired = fired_anywhere(fired, self.parameters.n_local, self.mesh)
+            if isinstance(terms.gradient, DenseGradient):
+                gradients, fired = self._from_matrices(terms.gradient, all_inputs)
+            else:
+                gradients, fired = self._from_picks(terms.gradient, all_inputs)
         with clock.section("optimizer"):
             self._share_b_dec(gradients)
             sums, grad_norm = self._totals(terms.sums, gradients)
@@ -133,7 +134,34 @@ class TrainStep:
             mesh=self.mesh,
             n_tokens_since_fired=self.n_tokens_since_fired,
             state=self.state,
+            dense_dtype=self._dense_dtype,
         )
+
+    def _from_picks(
+        self, local: SparseGradient, all_inputs: Callable[[], Tensor] | None
+    ) -> tuple[RowGradients, Tensor]:
+        """Gradients over all replicas and the features that fired, from picks."""
+        sparse = exchange(local, all_inputs, self.mesh) if all_inputs is not None else local
+        segments = sort_by_feature(sparse.features, sparse.tokens)
+        gradients = self._gradients(sparse, segments)
+        fired = sparse.fired(segments.touched)
+        if all_inputs is not None:
+            return gradients, fired
+        n_local = self.parameters.n_local
+        return reduce_dense(gradients, n_local, self.mesh), fired_anywhere(fired, n_local, self.mesh)
+
+    def _from_matrices(
+        self, dense: DenseGradient, all_inputs: Callable[[], Tensor] | None
+    ) -> tuple[RowGradients, Tensor]:
+        """The same from matrices; replicas then have less to send than the tokens and their picks: the sums."""
+        if all_inputs is not None and self.mesh.dp > 1:
+            all_inputs()  # they are on their way
+        gradients = dense_gradients(dense, self.parameters, self.plan.alignment, self.variant)
+        fired = dense.fired.nonzero().squeeze(1)
+        if self.mesh.dp == 1:
+            return gradients, fired
+        n_local = self.parameters.n_local
+        return reduce_dense(gradients, n_local, self.mesh), fired_anywhere(fired, n_local, self.mesh)
 
     def _gradients(self, sparse: SparseGradient, segments: FeatureSegments) -> RowGradients:
         """Of the picks given, b_dec's without what pulls it through the encoder."""

@@ -41,7 +41,8 @@ class Auxiliary:
         )
 
     def add(self, terms: Terms, batch: Batch, residual: Tensor) -> Terms:
-        """Terms with the auxiliary loss; residual is x_hat - x, (tokens, d_out)."""
+        """Terms with the auxiliary loss, from those of picks; residual is x_hat - x, (tokens, d_out)."""
+        assert isinstance(terms.gradient, SparseGradient), "variants that choose k have picks"
         is_dead = batch.n_tokens_since_fired >= self.dead_after_tokens
         if not int(batch.mesh.all_reduce(is_dead.sum(), "features")):
             none = torch.zeros((), dtype=torch.float64, device=residual.device)

@@ -8,7 +8,7 @@ alignment, clipping, Adam and retraction are the same for all.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.parameters import Parameters
 from gnomon_workers.sae.products import Kernels
 from gnomon_workers.sae.sparse import Picks
+
+if TYPE_CHECKING:
+    from gnomon_workers.sae.variants.dense import DenseGradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class Batch:
     """(n_local,)"""
     state: dict[str, float]
     """Running numbers as the step before left them."""
+    dense_dtype: torch.dtype = torch.float32
+    """Of the products of matrices that stand for picks where most features are active."""
 
     @property
     def hidden_pre(self) -> Tensor:
@@ -63,7 +68,7 @@ class Batch:
 class Terms:
     """What a variant makes of a batch."""
 
-    gradient: SparseGradient
+    gradient: SparseGradient | DenseGradient
     """Of this replica's tokens."""
     n_active: int
     """Active (token, feature) pairs of this rank."""
@@ -157,7 +162,8 @@ def with_values(picks: Picks, values: Tensor) -> Picks:
 def sum_of_squares(values: Tensor) -> Tensor:
     """Sum of squares as a float64 scalar: rows in the tensor's own precision, the sum of rows in float64."""
     # the norm makes no copy of the values, which are as large as a batch
-    return torch.linalg.vector_norm(values.flatten(1), dim=1).double().square().sum()
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms.double().square().sum()
 
 
 def warm(step: int, n_steps: int) -> float:

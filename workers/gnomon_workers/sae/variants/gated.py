@@ -12,10 +12,13 @@ by exp(r_mag) to get the magnitude's; here the magnitude's is the one that is st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gnomon.specs import Gated
+from gnomon_workers.sae.arrays import where_positive
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.parameters import Parameters
 from gnomon_workers.sae.sparse import Picks
@@ -28,6 +31,14 @@ from gnomon_workers.sae.variants.base import (
     sum_of_squares,
     warm,
     with_values,
+)
+from gnomon_workers.sae.variants.dense import (
+    DENSITY,
+    Pulled,
+    dense_gradient,
+    density,
+    is_dense,
+    reconstruct,
 )
 from gnomon_workers.sae.variants.relu import penalty_warmup
 
@@ -45,8 +56,8 @@ class GatedVariant:
         return {"b_gate": 0.0, "r_mag": 0.0}
 
     def initial_state(self) -> dict[str, float]:
-        """None."""
-        return {}
+        """The density, of which the first step decides how it is made."""
+        return {DENSITY: 1.0}
 
     def projection_gradients(self, grads: dict[str, Tensor], parameters: Parameters) -> Tensor:
         """The projection enters the magnitude as it is, and the gate times exp(-r_mag)."""
@@ -59,6 +70,9 @@ class GatedVariant:
     def terms(self, batch: Batch) -> Terms:
         """Squared error, penalty and the gate's own reconstruction; picks are all open gates."""
         params = batch.parameters
+        coefficient = self._coefficient * warm(batch.step, self._warmup_steps)
+        if is_dense(batch):
+            return self._dense_terms(batch, coefficient)
         gates = _gates(batch.hidden_pre, params)
         is_open = gates > 0
         gate = picks_where(gates, is_open)
@@ -66,7 +80,6 @@ class GatedVariant:
         picks = with_values(gate, magnitude.relu())
         residual, auxiliary = residual_of(picks, batch), residual_of(gate, batch)
         loss, aux_loss = (sum_of_squares(r) / self._batch_size for r in (residual, auxiliary))
-        coefficient = self._coefficient * warm(batch.step, self._warmup_steps)
         total = batch.mesh.all_reduce(gate.values.sum(dtype=torch.float64), "features")
         penalty = coefficient * total / self._batch_size
         to_gate = batch.kernels.activation_gradients(gate, auxiliary.mul_(2 / self._batch_size), params.W_dec)
@@ -75,7 +88,20 @@ class GatedVariant:
             gradient=gradient,
             n_active=int((picks.values > 0).sum()),
             sums={"loss": loss, "objective": loss + penalty + aux_loss, "penalty": penalty, "aux_loss": aux_loss},
-            state=batch.state,
+            state={DENSITY: density(len(gate.features), batch)},
+        )
+
+    def _dense_terms(self, batch: Batch, coefficient: float) -> Terms:
+        """The same terms from matrices."""
+        blocks = GatedBlocks(batch.parameters, coefficient / self._batch_size)
+        found = reconstruct(blocks, batch)
+        loss, aux_loss = (square / self._batch_size for square in found.squares)
+        penalty = coefficient * found.sums["gates"] / self._batch_size
+        return Terms(
+            gradient=dense_gradient(blocks, batch, found, 2 / self._batch_size),
+            n_active=found.n_active,
+            sums={"loss": loss, "objective": loss + penalty + aux_loss, "penalty": penalty, "aux_loss": aux_loss},
+            state={DENSITY: density(found.n_active, batch)},
         )
 
     def _gradient(
@@ -100,7 +126,37 @@ class GatedVariant:
         )
 
 
-def _gates(hidden_pre: Tensor, parameters: Parameters) -> Tensor:
-    """pi_gate of every feature, (tokens, n_local); hidden_pre is pi_mag."""
-    vectors = parameters.vectors
-    return (hidden_pre - parameters.b_enc) * torch.exp(-vectors["r_mag"]) + vectors["b_gate"]
+class GatedBlocks:
+    """Open gates and their magnitudes, both decoded, for a block of features at a time."""
+
+    def __init__(self, parameters: Parameters, slope: float) -> None:
+        """slope is d(penalty)/d(gate)."""
+        self._parameters = parameters
+        self._slope = slope
+
+    def activations(self, pre: Tensor, features: slice) -> tuple[Tensor, ...]:
+        """Magnitudes behind open gates, and the gates themselves."""
+        gates = _gates(pre, self._parameters, features).relu()
+        return where_positive(pre.relu(), gates), gates
+
+    def sums(self, activations: tuple[Tensor, ...], features: slice) -> dict[str, Tensor]:  # noqa: ARG002
+        """The penalty on gates."""
+        return {"gates": activations[1].sum(0).sum(dtype=torch.float64)}
+
+    def pulled(self, pre: Tensor, features: slice, pulls: Sequence[Tensor]) -> Pulled:
+        """Through magnitudes that are positive, and through open gates."""
+        params = self._parameters
+        gates = _gates(pre, params, features)
+        acts = where_positive(pre.relu(), gates)
+        to_magnitude = where_positive(pulls[0].to(pre.dtype), acts)
+        to_gate = where_positive(pulls[1].to(pre.dtype) + self._slope, gates)
+        scaled = torch.exp(-params.vectors["r_mag"][features]) * to_gate
+        to_r_mag = -(scaled * (pre - params.b_enc[features])).sum(0)
+        vectors = {"b_enc": to_magnitude.sum(0), "b_gate": to_gate.sum(0), "r_mag": to_r_mag}
+        return Pulled(activations=acts, projections=scaled.add_(to_magnitude), vectors=vectors)
+
+
+def _gates(hidden_pre: Tensor, parameters: Parameters, features: slice = slice(None)) -> Tensor:
+    """pi_gate of the features given, (tokens, width); hidden_pre is their pi_mag."""
+    r_mag, b_gate = parameters.vectors["r_mag"][features], parameters.vectors["b_gate"][features]
+    return (hidden_pre - parameters.b_enc[features]) * torch.exp(-r_mag) + b_gate

@@ -13,12 +13,14 @@ theta is kept as its logarithm, which keeps it positive, in float32: in bfloat16
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gnomon.specs import JumpReLU
+from gnomon_workers.sae.arrays import take, true_indices, where_positive
 from gnomon_workers.sae.sparse import Picks
 from gnomon_workers.sae.variants.base import (
     Batch,
@@ -31,6 +33,14 @@ from gnomon_workers.sae.variants.base import (
     sum_of_squares,
     warm,
     with_values,
+)
+from gnomon_workers.sae.variants.dense import (
+    DENSITY,
+    Pulled,
+    dense_gradient,
+    density,
+    is_dense,
+    reconstruct,
 )
 
 
@@ -49,6 +59,10 @@ class JumpReLUVariant(PlainVariant):
         """log_threshold, the natural logarithm of theta."""
         return {"log_threshold": math.log(self._activation.initial_threshold)}
 
+    def initial_state(self) -> dict[str, float]:
+        """The density, of which the first step decides how it is made."""
+        return {DENSITY: 1.0}
+
     def select(self, batch: Batch) -> Picks:
         """What exceeds its threshold."""
         thresholds = batch.parameters.vectors["log_threshold"].exp()
@@ -58,6 +72,8 @@ class JumpReLUVariant(PlainVariant):
         """Squared error and the penalty on L0; picks include what lies in the window below the threshold."""
         half = self._activation.bandwidth / 2
         thresholds = batch.parameters.vectors["log_threshold"].exp()
+        if is_dense(batch):
+            return self._dense_terms(batch, thresholds)
         near = picks_where(batch.hidden_pre, batch.hidden_pre > thresholds - half)
         threshold = thresholds[near.features]
         is_active = near.values > threshold
@@ -79,7 +95,20 @@ class JumpReLUVariant(PlainVariant):
             ),
             n_active=int(n_active),
             sums={"loss": loss, "objective": loss + penalty, "penalty": penalty},
-            state=batch.state,
+            state={DENSITY: density(len(near.features), batch)},
+        )
+
+    def _dense_terms(self, batch: Batch, thresholds: Tensor) -> Terms:
+        """The same terms from matrices."""
+        blocks = JumpReLUBlocks(thresholds, self._activation.bandwidth)
+        found = reconstruct(blocks, batch)
+        loss = found.squares[0] / self._batch_size
+        penalty, blocks.slope = self._penalty(torch.tensor(found.n_active, device=batch.targets.device), batch)
+        return Terms(
+            gradient=dense_gradient(blocks, batch, found, 2 / self._batch_size),
+            n_active=found.n_active,
+            sums={"loss": loss, "objective": loss + penalty, "penalty": penalty},
+            state={DENSITY: density(found.n_active, batch)},
         )
 
     def _penalty(self, n_active: Tensor, batch: Batch) -> tuple[Tensor, float]:
@@ -92,3 +121,39 @@ class JumpReLUVariant(PlainVariant):
         excess = int(batch.mesh.all_reduce(n_active, "dp")) / self._batch_size / target - 1
         penalty = torch.tensor(coefficient * excess**2 / batch.mesh.dp, dtype=torch.float64, device=n_active.device)
         return penalty, 2 * coefficient * excess / (target * self._batch_size)
+
+
+class JumpReLUBlocks:
+    """What exceeds its threshold, and what lies in the window around it, for a block of features at a time."""
+
+    def __init__(self, thresholds: Tensor, bandwidth: float) -> None:
+        """thresholds is (n_local,)."""
+        self._thresholds = thresholds
+        self._bandwidth = bandwidth
+        self.slope = 0.0
+        """d(penalty)/d(active entries), which is known when they are counted."""
+
+    def activations(self, pre: Tensor, features: slice) -> tuple[Tensor, ...]:
+        """Entries above their thresholds."""
+        return (where_positive(pre, pre - self._thresholds[features]),)
+
+    def sums(self, activations: tuple[Tensor, ...], features: slice) -> dict[str, Tensor]:  # noqa: ARG002
+        """None: the penalty is on the number of active entries."""
+        return {}
+
+    def pulled(self, pre: Tensor, features: slice, pulls: Sequence[Tensor]) -> Pulled:
+        """Through what is active, and by the window to the thresholds."""
+        threshold, pull = self._thresholds[features], pulls[0].to(pre.dtype)
+        excess = pre - threshold
+        gradients, acts = where_positive(pull, excess), where_positive(pre, excess)
+        # few entries lie in the window, and it is small: found first, and summed alone
+        inside = true_indices(excess.abs_() < self._bandwidth / 2)
+        where = inside % len(threshold)
+        by_entry = threshold[where] * take(pull.reshape(-1), inside) + self.slope
+        by_window = torch.zeros_like(threshold).index_add_(0, where, by_entry) / self._bandwidth
+        return Pulled(
+            activations=acts,
+            projections=gradients,
+            # d(theta)/d(log theta) = theta
+            vectors={"b_enc": gradients.sum(0), "log_threshold": -threshold * by_window},
+        )

@@ -29,9 +29,15 @@ from gnomon_workers.sae.variants.base import (
     sum_of_squares,
     warm,
 )
+from gnomon_workers.sae.variants.dense import (
+    DENSITY,
+    dense_gradient,
+    density,
+    is_dense,
+    reconstruct,
+)
+from gnomon_workers.sae.variants.penalties import PenaltyBlocks, power_and_slope
 
-FLOOR: Final = 1e-4
-"""Below this activation f^p is continued as a line through 0: its slope, p f^(p - 1), has no bound there."""
 N_AVERAGED: Final = 10
 """Steps before an update of p over whose penalties lambda is rescaled."""
 
@@ -54,13 +60,20 @@ class ReLUVariant(PlainVariant):
         """What is positive."""
         return picks_where(batch.hidden_pre, batch.hidden_pre > 0)
 
+    def initial_state(self) -> dict[str, float]:
+        """The density, of which the first step decides how it is made."""
+        return {DENSITY: 1.0}
+
     def terms(self, batch: Batch) -> Terms:
         """Squared error and penalty."""
-        picks = self.select(batch)
         coefficient = self._coefficient * warm(batch.step, self._warmup_steps)
-        weights = torch.ones_like(picks.values)
-        if self._by_decoder_norm:
-            weights = torch.linalg.vector_norm(batch.parameters.W_dec, dim=1)[picks.features]
+        norms = torch.linalg.vector_norm(batch.parameters.W_dec, dim=1) if self._by_decoder_norm else None
+        if is_dense(batch):
+            return dense_penalised(
+                PenaltyBlocks(coefficient=coefficient, batch_size=self._batch_size, norms=norms), batch, batch.state
+            )
+        picks = self.select(batch)
+        weights = torch.ones_like(picks.values) if norms is None else norms[picks.features]
         total = batch.mesh.all_reduce((picks.values * weights).sum(dtype=torch.float64), "features")
         return penalised(picks, batch, coefficient * weights, coefficient * total, state=batch.state)
 
@@ -77,8 +90,9 @@ class PAnnealVariant(PlainVariant):
         self._updates = [start + span * i // activation.n_updates for i in range(activation.n_updates)]
 
     def initial_state(self) -> dict[str, float]:
-        """lambda, and the penalties at the present and the next p since the last update."""
-        return {"l1_coefficient": self._activation.l1_coefficient, "p_penalty": 0.0, "next_p_penalty": 0.0}
+        """lambda, the penalties at the present and the next p since the last update, and the density."""
+        sums = {"p_penalty": 0.0, "next_p_penalty": 0.0}
+        return {"l1_coefficient": self._activation.l1_coefficient, **sums, DENSITY: 1.0}
 
     def exponent(self, n_updates: int) -> float:
         """p after a number of updates."""
@@ -91,34 +105,37 @@ class PAnnealVariant(PlainVariant):
 
     def terms(self, batch: Batch) -> Terms:
         """Squared error and penalty at this step's p."""
-        picks = self.select(batch)
         n_updates = sum(update <= batch.step for update in self._updates)
         p = self.exponent(n_updates)
         state = _rescaled(batch.state) if batch.step in self._updates else dict(batch.state)
         coefficient = state["l1_coefficient"] * warm(batch.step, self._warmup_steps)
-        powers, slopes = _power(picks.values, p)
+        is_counted = any(0 < update - batch.step <= N_AVERAGED for update in self._updates)
+        following = self.exponent(n_updates + 1) if is_counted else None
+        if is_dense(batch):
+            size = len(batch.targets) * batch.mesh.dp
+            blocks = PenaltyBlocks(coefficient=coefficient, batch_size=size, p=p, following=following)
+            return dense_penalised(blocks, batch, state)
+        picks = self.select(batch)
+        powers, slopes = power_and_slope(picks.values, p)
         total = batch.mesh.all_reduce(powers.sum(dtype=torch.float64), "features")
-        if any(0 < update - batch.step <= N_AVERAGED for update in self._updates):
-            following = _power(picks.values, self.exponent(n_updates + 1))[0].sum(dtype=torch.float64)
-            both = torch.stack([total, batch.mesh.all_reduce(following, "features")])
-            now, later = batch.mesh.all_reduce(both, "dp").tolist()
-            state["p_penalty"] += now
-            state["next_p_penalty"] += later
+        if following is not None:
+            later = power_and_slope(picks.values, following)[0].sum(dtype=torch.float64)
+            _count_penalties(state, total, batch.mesh.all_reduce(later, "features"), batch)
         return penalised(picks, batch, coefficient * slopes, coefficient * total, state=state)
+
+
+def _count_penalties(state: dict[str, float], now: Tensor, later: Tensor, batch: Batch) -> None:
+    """Add this step's penalties at the present and the next p, complete over shards, to the running sums."""
+    total, following = batch.mesh.all_reduce(torch.stack([now, later]), "dp").tolist()
+    state["p_penalty"] += total
+    state["next_p_penalty"] += following
 
 
 def _rescaled(state: dict[str, float]) -> dict[str, float]:
     """lambda such that the penalty of the last steps is the same at the new p; their sums begin again."""
     ratio = state["p_penalty"] / state["next_p_penalty"] if state["next_p_penalty"] > 0 else 1.0
-    return {"l1_coefficient": state["l1_coefficient"] * ratio, "p_penalty": 0.0, "next_p_penalty": 0.0}
-
-
-def _power(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """f^p and its derivative, with the line through 0 below FLOOR."""
-    is_small = values < FLOOR
-    line = FLOOR ** (p - 1)
-    slopes = values.clamp_min(FLOOR).pow(p - 1)
-    return (values * slopes.masked_fill(is_small, line)), (p * slopes).masked_fill_(is_small, line)
+    coefficient = state["l1_coefficient"] * ratio
+    return {**state, "l1_coefficient": coefficient, "p_penalty": 0.0, "next_p_penalty": 0.0}
 
 
 def penalised(picks: Picks, batch: Batch, slopes: Tensor, total: Tensor, *, state: dict[str, float]) -> Terms:
@@ -131,5 +148,20 @@ def penalised(picks: Picks, batch: Batch, slopes: Tensor, total: Tensor, *, stat
         gradient=replace(gradient, gradients=gradient.gradients + slopes / batch_size),
         n_active=len(picks.features),
         sums={"loss": loss, "objective": loss + penalty, "penalty": penalty},
-        state=state,
+        state={**state, DENSITY: density(len(picks.features), batch)},
+    )
+
+
+def dense_penalised(blocks: PenaltyBlocks, batch: Batch, state: dict[str, float]) -> Terms:
+    """The same terms from matrices."""
+    found = reconstruct(blocks, batch)
+    if "following" in found.sums:
+        _count_penalties(state, found.sums["penalty"], found.sums["following"], batch)
+    loss = found.squares[0] / blocks.batch_size
+    penalty = blocks.coefficient * found.sums["penalty"] / blocks.batch_size
+    return Terms(
+        gradient=dense_gradient(blocks, batch, found, 2 / blocks.batch_size),
+        n_active=found.n_active,
+        sums={"loss": loss, "objective": loss + penalty, "penalty": penalty},
+        state={**state, DENSITY: density(found.n_active, batch)},
     )
