@@ -27,6 +27,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+MORE_RUNS = ("matryoshka", "relu", "jumprelu", "gated")
+"""At one size; the last three in their first steps, in which half of all features are active."""
 STAGES = ("right", "training", "speed", "tuning", "others")
 
 
@@ -149,6 +151,8 @@ def _speed(report: Report, device: Any) -> None:
     for sizes in table:
         for run in ("topk", "batchtopk", "unaligned"):
             _row(report, f"{sizes} {run}", 0.8, lambda: bench.ours(sizes, run, n_steps=n_steps))  # noqa: B023
+    for run in () if is_toy else MORE_RUNS:
+        _row(report, f"{gpu_sizes.COMPILED} {run}", 0.8, lambda: bench.ours(gpu_sizes.COMPILED, run, n_steps=6))  # noqa: B023
 
 
 def _others(report: Report, device: Any) -> None:

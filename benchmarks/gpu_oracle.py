@@ -285,6 +285,7 @@ def training(device: torch.device, *, is_toy: bool) -> Iterator[Check]:
             "encoder_dtype": "bfloat16", "kernels": "triton",
         }  # fmt: skip
         yield _resumed(kind, sizes, n_steps, device, mesh, fields)
+    torch.distributed.destroy_process_group()
 
 
 def _process_group(device: torch.device) -> ProcessMesh:

@@ -13,7 +13,7 @@ import torch
 from gpu_sizes import Sizes, batches, make_step
 from torch import Tensor
 
-from gnomon.specs import BatchTopK, TopK
+from gnomon.specs import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from gnomon_workers.kernels.triton_sparse import Blocks, sampled_products, segment_sums
 from gnomon_workers.kernels.triton_update import AdamStep, RowBlocks, RowPicks, Rows, aligned_gradients, update_rows
 from gnomon_workers.sae.sparse import sort_by_feature
@@ -106,6 +106,10 @@ class Bench:
             "topk": {"activation": TopK(k=sizes.k)},
             "batchtopk": {"activation": BatchTopK(k=sizes.k)},
             "unaligned": {"activation": TopK(k=sizes.k), "alignment": "none"},
+            "matryoshka": {"activation": Matryoshka(k=sizes.k)},
+            "relu": {"activation": ReLU(l1_coefficient=0.01)},
+            "jumprelu": {"activation": JumpReLU(l0_coefficient=0.001)},
+            "gated": {"activation": Gated(l1_coefficient=0.01)},
         }[run]
         kernels = "auto" if self.device.type == "cuda" else "triton"
         step = make_step(sizes, self.device, kernels=kernels, **fields)
