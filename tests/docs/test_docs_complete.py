@@ -30,7 +30,7 @@ from gnomon.specs import (
 from gnomon_service.app import make_app
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_service.settings import Settings
-from tests.docs.blocks import ROOT, blocks
+from tests.support.blocks import ROOT, blocks
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NOT_RUN = {

@@ -16,8 +16,8 @@ import gnomon
 from gnomon.client import Client
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
-from tests.docs.blocks import ROOT, example
-from tests.glass import make_corpus, make_glass_folder
+from tests.support.blocks import ROOT, example
+from tests.support.glass import make_corpus, make_glass_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 HOOK = "model.layers.2"

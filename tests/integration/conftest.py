@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gnomon_service.db.engine import Database
-from tests.databases import DIALECTS, fresh_database
+from tests.support.databases import DIALECTS, fresh_database
 
 
 @pytest.fixture(params=DIALECTS)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import gnomon
 from gnomon.specs import Activation, BatchTopK, ReLU
-from tests.numerics.exported import SCALE, trained_folder, transcoder_folder
-from tests.numerics.steps import data
-from tests.numerics.variants import VARIANTS
-from tests.unit.dictionary_folders import D_IN, make_folder
+from tests.support.dictionary_folders import D_IN, make_folder
+from tests.support.exported import SCALE, trained_folder, transcoder_folder
+from tests.support.steps import data
+from tests.support.variants import VARIANTS
 
 pytestmark = pytest.mark.saelens
 

@@ -13,7 +13,7 @@ import ray
 from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.reporting import WorkerLost
-from tests.rays import local_ray
+from tests.support.rays import local_ray
 
 
 class Member:

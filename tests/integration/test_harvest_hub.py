@@ -20,7 +20,7 @@ import pytest
 from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.specs import ModelSource
 from gnomon_workers.models.catalog import describe_model
-from tests.models import make_glassllm
+from tests.support.models import make_glassllm
 
 COMMIT = "b" * 40
 

@@ -25,8 +25,8 @@ from gnomon_workers.harvest.text import check_text
 from gnomon_workers.models import catalog
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
-from tests.models import EOS_ID, PAD_ID, glassllm_ids, glassllm_residuals, make_glassllm, write_corpus
-from tests.rays import local_ray
+from tests.support.models import EOS_ID, PAD_ID, glassllm_ids, glassllm_residuals, make_glassllm, write_corpus
+from tests.support.rays import local_ray
 
 
 @pytest.fixture(scope="module")

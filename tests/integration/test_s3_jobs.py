@@ -18,9 +18,9 @@ from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.text import check_text
 from gnomon_workers.models.catalog import describe_model
 from gnomon_workers.runtime.protocol import Assignment
-from tests.glass import make_corpus, make_glass_folder
-from tests.rays import NAMESPACE, local_ray
-from tests.seaweed import environment, new_place, s3_server
+from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.rays import NAMESPACE, local_ray
+from tests.support.seaweed import environment, new_place, s3_server
 
 pytestmark = pytest.mark.slow
 

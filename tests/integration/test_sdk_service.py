@@ -22,7 +22,7 @@ from gnomon.client import Client
 from gnomon.specs import HarvestSpec, TrainSpec
 from gnomon_service.app import make_app
 from gnomon_service.settings import load_settings
-from tests.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus, make_glass_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

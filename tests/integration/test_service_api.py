@@ -12,25 +12,14 @@ import pytest
 from gnomon_service.db.engine import Database
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_storage.location import Location
-from tests.service_api import Service, running_service
-from tests.service_jobs import DICTIONARY_RECORD, stored, train_spec
+from tests.support.service_api import Service, expect_problem, running_service
+from tests.support.service_jobs import DICTIONARY_RECORD, stored, train_spec
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
     with running_service(tmp_path) as made:
         yield made
-
-
-def expect_problem(answer: Any, status: int, code: str) -> dict[str, Any]:
-    """Check the shape of a refusal; returns it."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    problem = answer.json()
-    assert (problem["status"], problem["code"]) == (status, code), problem
-    assert problem["detail"]
-    assert "Traceback" not in answer.text
-    return dict(problem)
 
 
 # ---------------------------------------------------------------------------------------------- keys

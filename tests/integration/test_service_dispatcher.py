@@ -14,8 +14,8 @@ from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.dispatch.loop import Dispatcher
 from gnomon_service.settings import Settings
 from gnomon_workers.runtime.protocol import Cluster
-from tests.service_cluster import MemoryCluster
-from tests.service_jobs import PROJECT, STORE_RESULT, Bench
+from tests.support.service_cluster import MemoryCluster
+from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench
 
 
 class Scene:

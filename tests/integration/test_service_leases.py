@@ -15,7 +15,7 @@ from gnomon.errors import CorruptArtifact, LeaseLost
 from gnomon_service.db.engine import Database
 from gnomon_service.jobs.held import Lease, RetryPolicy
 from gnomon_service.jobs.leases import Leases
-from tests.service_jobs import PROJECT, STORE_RESULT, Bench, train_spec
+from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench, train_spec
 
 WRITES: dict[str, Callable[[Leases, Lease], object]] = {
     "renew": lambda leases, lease: leases.renew(lease),

@@ -10,10 +10,9 @@ import pytest
 
 from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_workers.runtime.protocol import ClusterSnapshot
-from tests.integration.test_service_api import expect_problem
-from tests.service_api import N_POSITIONS, Service, running_service
-from tests.service_jobs import STORE_RECORD
-from tests.stores import HOOK, make_store
+from tests.support.service_api import N_POSITIONS, Service, expect_problem, running_service
+from tests.support.service_jobs import STORE_RECORD
+from tests.support.stores import HOOK, make_store
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from gnomon.specs import TrainVariant
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import LEGAL_TRANSITIONS, dictionaries, jobs, legal_transitions, metadata
 from gnomon_workers.runtime.protocol import dictionary_ids
-from tests.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, stored, train_spec
+from tests.support.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, stored, train_spec
 
 
 @pytest.fixture

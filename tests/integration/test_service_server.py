@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 
 from gnomon_service.local.processes import free_port
-from tests.service_api import Service, running_service
-from tests.service_jobs import STORE_RESULT
+from tests.support.service_api import Service, running_service
+from tests.support.service_jobs import STORE_RESULT
 
 DEADLINE_S = 20.0
 

@@ -15,7 +15,7 @@ from gnomon.resources import TERMINAL_STATES
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import LEGAL_TRANSITIONS
 from gnomon_service.jobs.held import Lease
-from tests.service_jobs import PROJECT, STORE_RESULT, Bench
+from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench
 
 MAX_ATTEMPTS = 3
 

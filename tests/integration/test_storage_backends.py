@@ -25,8 +25,8 @@ from gnomon_storage.arrays import (
 )
 from gnomon_storage.location import Location
 from gnomon_storage.shuffle import BatchReader
-from tests.seaweed import environment, new_place, s3_server
-from tests.unit.activation_stores import make_store
+from tests.support.activation_stores import make_store
+from tests.support.seaweed import environment, new_place, s3_server
 
 
 @pytest.fixture(scope="module")

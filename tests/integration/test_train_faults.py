@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gnomon_workers.runtime.failpoints import Failpoint
-from tests.stores import make_store
-from tests.train_processes import Attempt, ProcessGang, plan_for
+from tests.support.stores import make_store
+from tests.support.train_processes import Attempt, ProcessGang, plan_for
 
 N_KILLS = int(os.environ.get("GNOMON_TEST_KILLS", "24"))
 """Random kills; a release is tried with more."""

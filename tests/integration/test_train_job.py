@@ -27,9 +27,9 @@ from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outc
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.job import train_gang
 from gnomon_workers.train.run import resolve_all
-from tests.rays import NAMESPACE, local_ray
-from tests.stores import make_store
-from tests.train_processes import ProcessGang
+from tests.support.rays import NAMESPACE, local_ray
+from tests.support.stores import make_store
+from tests.support.train_processes import ProcessGang
 
 STORE_ID = "act_" + "1" * 32
 

@@ -31,7 +31,7 @@ from gnomon.specs import (
 )
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
-from tests.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus, make_glass_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.numerics.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,9 +23,9 @@ from gnomon_workers.train.rank import make_step
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.ranks import RankPool
-from tests.numerics.steps import data, plan_of, step_of
-from tests.stores import HOOK, make_store
+from tests.support.ranks import RankPool
+from tests.support.steps import data, plan_of, step_of
+from tests.support.stores import HOOK, make_store
 
 BATCH, N_STEPS, LONG, D_IN = 64, 40, 132, 16
 EVERY = 8

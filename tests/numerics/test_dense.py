@@ -17,7 +17,7 @@ from gnomon.specs import Activation, Gated, JumpReLU, PAnneal, ReLU
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.variants.dense import DENSE_SHARE, DENSITY, DenseGradient
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.steps import data, gradients_of, plan_of, step_of, unsettle
+from tests.support.steps import data, gradients_of, plan_of, step_of, unsettle
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": ReLU(l1_coefficient=0.1, warmup_steps=0),

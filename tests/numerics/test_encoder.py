@@ -9,8 +9,8 @@ from gnomon.specs import Activation, AuxK, BatchTopK, Matryoshka, TopK
 from gnomon_workers.kernels import blocks
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.encoder import choose_encoder_dtype
-from tests.numerics.steps import data, plan_of, step_of, unsettle
-from tests.numerics.test_selection import dense, stable_topk
+from tests.support.selections import dense, stable_topk
+from tests.support.steps import data, plan_of, step_of, unsettle
 
 D_SAE, K = 1024, 8
 

@@ -17,9 +17,9 @@ from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import alignment_scores
 from gnomon_workers.sae.sparse import decode
 from gnomon_workers.train.saving import save_checkpoint
-from tests.numerics.exported import SCALE, exported, scaled_plan, trained
-from tests.numerics.ranks import RankPool
-from tests.numerics.steps import data
+from tests.support.exported import SCALE, exported, scaled_plan, trained
+from tests.support.ranks import RankPool
+from tests.support.steps import data
 
 
 @pytest.mark.parametrize("alignment", ["orth", "tied", "none"])

@@ -11,8 +11,8 @@ from gnomon.errors import InvalidRequest
 from gnomon.specs import Activation, Alignment
 from gnomon_workers.kernels.choice import choose_kernels
 from gnomon_workers.kernels.sparse import SparseKernels
-from tests.numerics.steps import data, plan_of, step_of
-from tests.numerics.variants import FIELDS, VARIANTS
+from tests.support.steps import data, plan_of, step_of
+from tests.support.variants import FIELDS, VARIANTS
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from gnomon.specs import Activation, AuxK, BatchTopK, Mesh, TopK
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.ranks import RankPool
-from tests.numerics.steps import data, plan_of, step_of
-from tests.numerics.test_selection import assembled, dense
+from tests.support.ranks import RankPool
+from tests.support.selections import assembled, dense
+from tests.support.steps import data, plan_of, step_of
 
 MESHES = [(1, 2), (2, 1), (2, 2)]
 ACTIVATIONS: list[Activation] = [TopK(k=5), BatchTopK(k=5), TopK(k=5, aux=AuxK(k=8))]

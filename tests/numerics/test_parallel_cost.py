@@ -19,8 +19,8 @@ from gnomon_workers.train.exchange import exchanges_batch
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.ranks import RankPool
-from tests.numerics.steps import D_IN, data, plan_of, step_of
+from tests.support.ranks import RankPool
+from tests.support.steps import D_IN, data, plan_of, step_of
 
 BATCH, K = 64, 5
 

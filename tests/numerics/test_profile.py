@@ -14,7 +14,7 @@ from gnomon_storage.location import Location
 from gnomon_workers.parallel.clock import WORK
 from gnomon_workers.train.loop import Learner, Observer, train
 from gnomon_workers.train.profile import SKIPPED_STEPS, StepProfile
-from tests.numerics.steps import data, plan_of, step_of
+from tests.support.steps import data, plan_of, step_of
 
 N_STEPS = 16
 

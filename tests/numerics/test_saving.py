@@ -21,7 +21,7 @@ from gnomon_workers.train import saving
 from gnomon_workers.train.saving import CheckpointWriter, Saved, save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.steps import data, plan_of, step_of
+from tests.support.steps import data, plan_of, step_of
 
 
 @pytest.fixture

@@ -11,29 +11,10 @@ from torch import Tensor
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.global_selection import BatchTopKSelector, global_topk
 from gnomon_workers.sae.selection import GroupedRows, local_topk, topk_rows
-from gnomon_workers.sae.sparse import Picks
-from tests.numerics.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.selections import assembled, dense, stable_topk, values_with_ties
 
 MESHES = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
-
-
-def stable_topk(values: Tensor, k: int) -> Tensor:
-    """The definition: a stable descending sort, cut at k, as a mask of the positive ones."""
-    kept = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, kept, True) & (values > 0)
-
-
-def dense(picks: Picks, n_features: int) -> Tensor:
-    """Picks as (tokens, n_features)."""
-    out = torch.zeros(picks.n_tokens, n_features, dtype=picks.values.dtype)
-    out[picks.token_indices(), picks.features] = picks.values
-    return out
-
-
-def values_with_ties(n_rows: int, n: int, levels: int, seed: int) -> Tensor:
-    """Values on few levels, so that ties are everywhere; about half are negative."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-levels, levels + 1, (n_rows, n), generator=generator).float() / 8
 
 
 @settings(max_examples=150, deadline=None)
@@ -85,11 +66,6 @@ def _batchtopk_on(mesh: ProcessMesh, values: Tensor, n_keep: int) -> Tensor:
     first, last = mesh.token_range(len(values))
     selector = BatchTopKSelector(bound=0.2)
     return dense(selector.select(values[first:last, start:stop].contiguous(), n_keep, mesh)[0], stop - start)
-
-
-def assembled(parts: list[Tensor], dp: int, features: int) -> Tensor:
-    """The parts of all ranks as one (tokens, d_sae)."""
-    return torch.cat([torch.cat(parts[r * features : (r + 1) * features], dim=1) for r in range(dp)])
 
 
 @pytest.mark.parametrize(("dp", "features"), MESHES)

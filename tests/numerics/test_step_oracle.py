@@ -15,7 +15,7 @@ from gnomon_workers.sae.reference import Reference, reference_gradients
 from gnomon_workers.sae.variants.dense import BLOCK_BYTES, DENSITY
 from gnomon_workers.sae.variants.topk import threshold_decay
 from gnomon_workers.train.step import NonFinite, TrainStep
-from tests.numerics.steps import data, gradients_of, joint_plan_of, plan_of, step_of, unsettle
+from tests.support.steps import data, gradients_of, joint_plan_of, plan_of, step_of, unsettle
 
 ALIGNMENTS: list[Alignment] = ["orth", "none", "scale", "stopgrad", "tied"]
 ACTIVATIONS: dict[str, Activation] = {

@@ -13,7 +13,7 @@ from gnomon_workers.sae.variants import make_variant
 from gnomon_workers.sae.variants.base import picks_where
 from gnomon_workers.sae.variants.penalties import FLOOR
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.steps import data, plan_of, step_of
+from tests.support.steps import data, plan_of, step_of
 
 
 def run(activation: Activation, n_steps: int, *, until: int | None = None, **fields: Any) -> tuple[TrainStep, float]:

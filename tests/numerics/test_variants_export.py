@@ -17,10 +17,10 @@ from gnomon_workers.sae.sparse import decode
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.exported import exported, scaled_plan
-from tests.numerics.steps import data, joint_plan_of, plan_of, step_of
-from tests.numerics.test_selection import dense
-from tests.numerics.variants import FIELDS, VARIANTS
+from tests.support.exported import exported, scaled_plan
+from tests.support.selections import dense
+from tests.support.steps import data, joint_plan_of, plan_of, step_of
+from tests.support.variants import FIELDS, VARIANTS
 
 ARCHITECTURES = {"topk": "topk", "batchtopk": "jumprelu", "matryoshka": "jumprelu", "jumprelu": "jumprelu"}
 ARCHITECTURES |= {"gated": "gated", "relu": "standard", "p_anneal": "standard"}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.numerics.steps import data, plan_of, step_of
-from tests.numerics.variants import FIELDS, N_STEPS, VARIANTS
+from tests.support.steps import data, plan_of, step_of
+from tests.support.variants import FIELDS, N_STEPS, VARIANTS
 
 GOLDEN = Path(__file__).parent / "golden/losses.json"
 EVERY = 7

@@ -11,9 +11,9 @@ from torch import Tensor
 from gnomon.specs import Mesh
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.ranks import RankPool
-from tests.numerics.steps import data, plan_of, step_of
-from tests.numerics.variants import FIELDS, VARIANTS
+from tests.support.ranks import RankPool
+from tests.support.steps import data, plan_of, step_of
+from tests.support.variants import FIELDS, VARIANTS
 
 N_STEPS = 8
 """Enough for dead features, for a threshold that moves, and for the first update of p."""

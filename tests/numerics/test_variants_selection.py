@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.global_selection import BatchTopKSelector, global_topk
-from tests.numerics.ranks import RankPool
-from tests.numerics.test_selection import assembled, dense, stable_topk, values_with_ties
+from tests.support.ranks import RankPool
+from tests.support.selections import assembled, dense, stable_topk, values_with_ties
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from gnomon_workers.train.rank import make_step
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.sources import JointReader
 from gnomon_workers.train.state import load_checkpoint, state_tensors
-from tests.numerics.ranks import RankPool
-from tests.numerics.steps import data, plan_of, step_of
-from tests.stores import HOOK, make_store
+from tests.support.ranks import RankPool
+from tests.support.steps import data, plan_of, step_of
+from tests.support.stores import HOOK, make_store
 
 D_IN, BATCH, N_STEPS, EVERY = 16, 32, 20, 5
 STORE_ID = "act_" + "1" * 32

@@ -1,6 +1,6 @@
 """Triton kernels against dense arithmetic; compiled on a GPU, elsewhere in Triton's interpreter.
 
-Run by test_triton.py. By hand: TRITON_INTERPRET=1 pytest tests/numerics/triton_cases.py
+Run by test_triton.py. By hand: TRITON_INTERPRET=1 pytest tests/support/triton_cases.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gnomon_workers.sae.alignment import RULES
 from gnomon_workers.sae.arrays import offsets_of
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.sparse import Picks, sort_by_feature
-from tests.numerics.steps import data, plan_of, step_of
+from tests.support.steps import data, plan_of, step_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALIGNMENTS = get_args(Alignment)

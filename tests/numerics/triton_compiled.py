@@ -1,6 +1,6 @@
 """Every Triton kernel compiles to machine code, for which no GPU is needed: the interpreter accepts more than GPUs do.
 
-Run by test_triton.py. By hand: pytest tests/numerics/triton_compiled.py
+Run by test_triton.py. By hand: pytest tests/support/triton_compiled.py
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 import stamina
 
 from gnomon import cli
-from tests.unit.sdk_server import (
+from tests.support.sdk_server import (
     HARVEST,
     HARVEST_RESULT,
     JOB_ID,

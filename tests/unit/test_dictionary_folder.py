@@ -16,7 +16,7 @@ from gnomon._safetensors import MAX_HEADER_BYTES
 from gnomon.dictionary import load_folder
 from gnomon.dictionary_config import MAX_CONFIG_BYTES
 from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound
-from tests.unit.dictionary_folders import D_IN, D_SAE, make_folder, make_tensors
+from tests.support.dictionary_folders import D_IN, D_SAE, make_folder, make_tensors
 
 WEIGHTS = "sae_weights.safetensors"
 

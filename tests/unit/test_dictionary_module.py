@@ -9,7 +9,7 @@ import torch
 
 import gnomon
 from gnomon.dictionary import jumprelu_acts, load_folder, topk_acts
-from tests.unit.dictionary_folders import D_IN, D_SAE, K, make_folder, make_tensors
+from tests.support.dictionary_folders import D_IN, D_SAE, K, make_folder, make_tensors
 
 ARCHITECTURES = ("topk", "jumprelu", "standard", "gated")
 

@@ -23,7 +23,7 @@ from gnomon_workers.models import hub
 from gnomon_workers.models.catalog import check_context_length, check_hook, describe_model
 from gnomon_workers.models.gguf_header import parse_gguf
 from gnomon_workers.models.modules import is_causal
-from tests.models import make_glassllm
+from tests.support.models import make_glassllm
 
 
 @pytest.fixture(scope="module")

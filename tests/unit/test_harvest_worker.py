@@ -19,7 +19,7 @@ from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.tokens import load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import Failure, HarvestTask, HarvestWorker, as_stored
 from gnomon_workers.models.loading import load_model, model_folder
-from tests.models import ALICE, glassllm_ids, glassllm_residuals, make_glassllm
+from tests.support.models import ALICE, glassllm_ids, glassllm_residuals, make_glassllm
 
 DOCUMENTS = [ALICE[start : start + 150 + 40 * start % 300] for start in range(0, 500, 50)]
 

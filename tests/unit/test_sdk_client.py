@@ -17,7 +17,7 @@ from gnomon._http import translated_errors
 from gnomon.async_client import AsyncClient, AsyncJobHandle, AsyncRemoteDictionary
 from gnomon.client import Client, JobHandle, RemoteDictionary
 from gnomon.specs import HarvestSpec, JobRequest
-from tests.unit.sdk_server import HARVEST, JOB_ID, KEY, URL, Script, answer, client_of, event, job, problem
+from tests.support.sdk_server import HARVEST, JOB_ID, KEY, URL, Script, answer, client_of, event, job, problem
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 import gnomon
 from gnomon import errors
 from gnomon.loading import cache_folder
-from tests.unit.dictionary_folders import D_SAE, make_folder
-from tests.unit.sdk_server import DICTIONARY_ID, Cut, Script, answer, client_of, dictionary
+from tests.support.dictionary_folders import D_SAE, make_folder
+from tests.support.sdk_server import DICTIONARY_ID, Cut, Script, answer, client_of, dictionary
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from gnomon._sse import PATIENCE_S, Deadline, EventCursor, SseDecoder
 from gnomon.async_client import AsyncClient
 from gnomon.progress import Bars, Lines, make_display
 from gnomon.resources import Event, HarvestResult, Job
-from tests.unit.sdk_server import (
+from tests.support.sdk_server import (
     HARVEST,
     HARVEST_RESULT,
     JOB_ID,

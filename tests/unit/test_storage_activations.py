@@ -15,7 +15,7 @@ from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import bfloat16_from_float32, float32_from_bfloat16
 from gnomon_storage.location import Location
 from gnomon_storage.writing import load_commit, remove_leftovers
-from tests.unit.activation_stores import HOOKS, known_rows, make_store, seal_store, write_segment
+from tests.support.activation_stores import HOOKS, known_rows, make_store, seal_store, write_segment
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from gnomon.errors import InvalidRequest
 from gnomon_storage import writing
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.shuffle import BatchReader, RowOrder
-from tests.unit.activation_stores import make_store
+from tests.support.activation_stores import make_store
 
 SIZES = (700, 513, 300)
 N_ROWS = sum(SIZES)

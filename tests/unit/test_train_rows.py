@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gnomon_workers.train.sources import JointReader
-from tests.stores import make_store
+from tests.support.stores import make_store
 
 
 def test_hooks_are_joined_token_by_token_over_epochs(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import make_glassllm as make_glass_folder
+from tests.support.models import make_glassllm as make_glass_folder
 
 __all__ = ["make_corpus", "make_glass_folder"]
 

@@ -17,7 +17,7 @@ from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.plan import HookRows, TrainPlan
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.step import TrainStep
-from tests.numerics.steps import data, joint_plan_of, plan_of, step_of
+from tests.support.steps import data, joint_plan_of, plan_of, step_of
 
 SCALE = 40.0
 """Raw inputs are this many times larger than the normalised ones."""

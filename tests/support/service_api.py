@@ -17,7 +17,7 @@ from gnomon_service.app import make_app
 from gnomon_service.db.engine import Database
 from gnomon_service.settings import Settings
 from gnomon_service.tenancy.keys import SCOPES, Keys, Scope
-from tests.service_jobs import Bench
+from tests.support.service_jobs import Bench
 
 D_IN = 16
 N_POSITIONS = 64
@@ -104,3 +104,14 @@ def running_service(home: Path, **settings: Any) -> Iterator[Service]:
     finally:
         service.bench.database.close()
         service.app.state.services.database.close()
+
+
+def expect_problem(answer: Any, status: int, code: str) -> dict[str, Any]:
+    """Check the shape of a refusal; returns it."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert (problem["status"], problem["code"]) == (status, code), problem
+    assert problem["detail"]
+    assert "Traceback" not in answer.text
+    return dict(problem)

@@ -22,7 +22,7 @@ from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints,
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
-from tests.stores import HOOK
+from tests.support.stores import HOOK
 
 STORE_ID = "act_" + "1" * 32
 BATCH = 64

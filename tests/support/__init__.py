@@ -1,0 +1,1 @@
+"""What several tests need: processes, servers, clusters, models, stores and training steps."""
