@@ -141,7 +141,7 @@ def row_update(sizes: Sizes, device: torch.device, alignment: Any) -> Check:
     gradients = watched.seen
     sample = gradients.touched[:: max(1, len(gradients.touched) // 64)]
     where = torch.isin(gradients.touched, sample)
-    clip_norm = step.plan.optimizer.clip_norm
+    clip_norm = step.plan.spec.optimizer.clip_norm
     clip = min(1.0, clip_norm / result.grad_norm) if clip_norm is not None else 1.0
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     moved = {}
@@ -270,7 +270,7 @@ def _unsettle(step: TrainStep) -> None:
     generator = torch.Generator().manual_seed(1)
     for tensor in step.parameters.tensors().values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.device))
-    RULES[step.plan.alignment].retract(step.parameters.W_enc_rows, step.parameters.W_dec)
+    RULES[step.plan.spec.alignment].retract(step.parameters.W_enc_rows, step.parameters.W_dec)
     step.replaced()
 
 

@@ -86,9 +86,9 @@ def make_step(sizes: Sizes, device: torch.device, mesh: ProcessMesh | None = Non
     plan = make_plan(spec, d_in=sizes.d, mesh=Mesh(), mean_squared_norm=float(sizes.d))
     generator = torch.Generator(device).manual_seed(spec.seed)
     W_dec = torch.nn.functional.normalize(torch.randn(sizes.n, sizes.d, generator=generator, device=device))
-    vectors = make_variant(plan.activation, plan.setting).initial_vectors()
+    vectors = make_variant(plan.spec.activation, plan.setting).initial_vectors()
     parameters = Parameters(
-        W_enc_rows=W_dec if plan.alignment == "tied" else W_dec.clone(),
+        W_enc_rows=W_dec if plan.spec.alignment == "tied" else W_dec.clone(),
         W_dec=W_dec,
         b_enc=torch.zeros(sizes.n, device=device),
         b_dec=torch.linspace(-0.01, 0.01, sizes.d, device=device),

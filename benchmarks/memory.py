@@ -110,7 +110,7 @@ def _rank(rank: int, work: Work, pipe: Connection) -> None:
     mesh = join_mesh(plan, rank=rank, address=work.address, device=torch.device("cpu"))
     checkpoints = Location.open(f"file://{work.folder}")
     generator = np.random.default_rng(0)
-    x = torch.from_numpy(generator.standard_normal((plan.batch_size, plan.d_in), dtype=np.float32))
+    x = torch.from_numpy(generator.standard_normal((plan.spec.batch_size, plan.d_in), dtype=np.float32))
     usage = Usage()
     baseline = _resident("VmRSS")
 

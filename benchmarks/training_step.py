@@ -83,8 +83,8 @@ def make_step(config: Any, *, device: str = "cpu", **fields: Any) -> Step:
             start=0,
             stop=config.n,
             b_dec=b_dec,
-            tied=plan.alignment == "tied",
-            vectors=make_variant(plan.activation, plan.setting).initial_vectors(),
+            tied=plan.spec.alignment == "tied",
+            vectors=make_variant(plan.spec.activation, plan.setting).initial_vectors(),
         ),
         ProcessMesh.single(),
     )

@@ -71,7 +71,7 @@ def run(
                 raise Stopped
 
     resume, _ = latest_checkpoint(checkpoints)
-    with BatchReader(store, HOOK, seed=plan.seed, batch_size=BATCH) as reader:
+    with BatchReader(store, HOOK, seed=plan.spec.seed, batch_size=BATCH) as reader:
         step = make_step(plan, mesh, reader.first_sample(512), torch.device("cpu"))
         if resume is not None:
             load_checkpoint(checkpoints, resume, step)

@@ -43,8 +43,8 @@ def expected_of(step: TrainStep, x: Tensor, name: str, is_dead: Tensor | None = 
     params = {name: tensor.clone().double() for name, tensor in step.parameters.tensors().items()}
     params.setdefault("W_enc_rows", params["W_dec"])
     reference = Reference(
-        activation=step.plan.activation,
-        alignment=step.plan.alignment,
+        activation=step.plan.spec.activation,
+        alignment=step.plan.spec.alignment,
         coefficient=0.1 if name == "p_anneal" else PENALTIES.get(name, 0.0),
         p=0.3 if name == "p_anneal" else 1.0,
         is_dead=is_dead,
@@ -163,7 +163,7 @@ def test_one_whole_step_equals_a_dense_adam_step(name: str) -> None:
         leaf.grad = oracle[parameter]
     torch.nn.utils.clip_grad_norm_(leaves.values(), 0.1)
     result = step(LATE, x)
-    torch.optim.Adam(leaves.values(), lr=result.lr, betas=(plan.beta1, 0.999)).step()
+    torch.optim.Adam(leaves.values(), lr=result.lr, betas=(plan.spec.beta1, 0.999)).step()
     d = leaves["W_dec"] / leaves["W_dec"].norm(dim=1, keepdim=True)
     w = leaves["W_enc_rows"]
     wanted = {**leaves, "W_dec": d, "W_enc_rows": w + (1 - (w * d).sum(1, keepdim=True)) * d}

@@ -53,7 +53,7 @@ def train_and_export(plan: TrainPlan, root: Path) -> tuple[TrainStep, Dictionary
 def inferred(step: TrainStep, x: Tensor) -> tuple[Tensor, Tensor]:
     """Features (batch, d_sae) and reconstruction of raw rows, as training has them at inference, rescaled."""
     plan, params = step.plan, step.parameters
-    if isinstance(plan.activation, BatchTopK | Matryoshka):
+    if isinstance(plan.spec.activation, BatchTopK | Matryoshka):
         scaled = x * torch.cat([torch.full((hook.width,), hook.scale) for hook in plan.hooks])
         inputs = scaled[:, : plan.d_in] - (params.b_dec if plan.target is None else 0)
         pre = inputs @ params.W_enc + params.b_enc
@@ -82,8 +82,8 @@ def check(step: TrainStep, dictionary: Dictionary, x: Tensor) -> None:
 def test_export_is_the_trained_dictionary(tmp_path: Path, name: str, alignment: Alignment) -> None:
     plan = scaled_plan(VARIANTS[name], alignment)
     step, dictionary = train_and_export(plan, tmp_path)
-    assert dictionary.cfg.architecture == ARCHITECTURES[plan.activation.kind]
-    assert dictionary.cfg.metadata["training_architecture"] == plan.activation.kind
+    assert dictionary.cfg.architecture == ARCHITECTURES[plan.spec.activation.kind]
+    assert dictionary.cfg.metadata["training_architecture"] == plan.spec.activation.kind
     check(step, dictionary, rows_of(plan, 99))
     assert torch.equal(dictionary.W_dec, step.parameters.W_dec)
     if alignment == "orth":

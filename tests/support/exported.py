@@ -26,9 +26,9 @@ SCALE = 40.0
 def trained(plan: TrainPlan, mesh: ProcessMesh) -> TrainStep:
     """A step after 30 batches of raw inputs."""
     step = step_of(plan, mesh)
-    lo, hi = mesh.token_range(plan.batch_size)
+    lo, hi = mesh.token_range(plan.spec.batch_size)
     for t in range(30):
-        parts = [data(plan.batch_size, seed=t, d_in=hook.width)[lo:hi] / hook.scale for hook in plan.hooks]
+        parts = [data(plan.spec.batch_size, seed=t, d_in=hook.width)[lo:hi] / hook.scale for hook in plan.hooks]
         step(t, torch.cat(parts, dim=1))
     return step
 

@@ -59,13 +59,13 @@ def step_of(
     start, stop = mesh.feature_range(plan.d_sae)
     b_dec = torch.linspace(-0.1, 0.1, plan.d_out, dtype=dtype, device=device)
     parameters = make_parameters(
-        seed=plan.seed,
+        seed=plan.spec.seed,
         d_in=plan.d_in,
         start=start,
         stop=stop,
         b_dec=b_dec,
-        tied=plan.alignment == "tied",
-        vectors=make_variant(plan.activation, plan.setting).initial_vectors(),
+        tied=plan.spec.alignment == "tied",
+        vectors=make_variant(plan.spec.activation, plan.setting).initial_vectors(),
         is_transcoder=plan.target is not None,
         dtype=dtype,
     )
@@ -79,7 +79,7 @@ def unsettle(step: TrainStep, *, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for tensor in step.parameters.tensors().values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype))
-    RULES[step.plan.alignment].retract(step.parameters.W_enc_rows, step.parameters.W_dec)
+    RULES[step.plan.spec.alignment].retract(step.parameters.W_enc_rows, step.parameters.W_dec)
 
 
 def gradients_of(

@@ -135,7 +135,7 @@ class ProcessGang:
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         log = self._root / f"{self._folder}.log"
         pipes, processes = [], []
-        for rank in range(self._plan.dp * self._plan.features):
+        for rank in range(self._plan.n_ranks):
             ours, theirs = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_serve, args=(rank, task, address, points, log, theirs), daemon=True)
             process.start()

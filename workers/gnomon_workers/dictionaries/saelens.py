@@ -24,7 +24,7 @@ _LAYER: Final = re.compile(r"^(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)$")
 
 def saelens_config(plan: TrainPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """cfg.json of the folder; SAELens loads it unless it is a crosscoder, or a TopK or gated transcoder."""
-    kind = exported_kind(plan.activation)
+    kind = exported_kind(plan.spec.activation)
     config: dict[str, Any] = {
         "architecture": _architecture(plan, kind),
         "d_in": plan.d_in,
@@ -35,8 +35,8 @@ def saelens_config(plan: TrainPlan, metadata: Mapping[str, Any]) -> dict[str, An
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
-    if isinstance(plan.activation, TopK):
-        config |= {"k": plan.activation.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(plan.spec.activation, TopK):
+        config |= {"k": plan.spec.activation.k, "rescale_acts_by_decoder_norm": False}
     if plan.target is not None:
         config["d_out"] = plan.d_out
     if len(plan.inputs) > 1:
@@ -44,7 +44,7 @@ def saelens_config(plan: TrainPlan, metadata: Mapping[str, Any]) -> dict[str, An
     config["metadata"] = {
         "sae_lens_version": _SAELENS_FORMAT,
         **_hook_metadata(plan),
-        "training_architecture": plan.activation.kind,
+        "training_architecture": plan.spec.activation.kind,
         **metadata,
     }
     return config

@@ -43,7 +43,7 @@ class WeightFacts:
 
 def write_weights(path: Path, plan: TrainPlan, checkpoint: Checkpoint, checkpoints: Location) -> WeightFacts:
     """Write sae_weights.safetensors at `path` from a checkpoint's shards, one after the other."""
-    kind = exported_kind(plan.activation)
+    kind = exported_kind(plan.spec.activation)
     shapes = {"W_enc": (plan.d_in, plan.d_sae), "W_dec": (plan.d_sae, plan.d_out), "b_dec": (plan.d_out,)}
     shapes |= dict.fromkeys(_VECTORS[kind], (plan.d_sae,))
     tensors = _create_safetensors(path, shapes)
@@ -51,7 +51,7 @@ def write_weights(path: Path, plan: TrainPlan, checkpoint: Checkpoint, checkpoin
     for shard in checkpoint.shards:
         with open_shard(checkpoints.child(checkpoint.name), shard) as source:
             _copy_shard(tensors, source, shard, plan, checkpoint.state)
-            n_dead += int((source.get_tensor("n_tokens_since_fired") >= plan.dead_after_tokens).sum())
+            n_dead += int((source.get_tensor("n_tokens_since_fired") >= plan.spec.dead_after_tokens).sum())
     for tensor in tensors.values():
         if isinstance(tensor, np.memmap):
             tensor.flush()
@@ -89,7 +89,7 @@ def _copy_shard(
     tensors["W_enc"][:, rows] = (W_enc_rows * (_by_column(plan.inputs) / c)).T
     tensors["b_dec"][:] = source.get_tensor("b_dec").numpy() / outputs
     b_enc = source.get_tensor("b_enc").numpy() / np.float32(c)
-    match exported_kind(plan.activation):
+    match exported_kind(plan.spec.activation):
         case "gated":
             r_mag = source.get_tensor("r_mag").numpy()
             # the stored encoder is the magnitude's, SAELens' is the gate's

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gnomon.specs import Activation, Adam, Alignment, AuxK, BatchTopK, Matryoshka, Mesh, TopK, TrainSpec, chooses_k
+from gnomon.specs import AuxK, BatchTopK, Matryoshka, Mesh, TopK, TrainSpec, chooses_k
 from gnomon_workers.sae.variants import Setting
 
 
@@ -26,44 +26,36 @@ class HookRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
-    """The numbers of one run; the same on every rank."""
+    """One dictionary to train: its spec, and what was resolved against its store and the cluster."""
 
+    spec: TrainSpec
+    """As if this dictionary were trained alone."""
     inputs: tuple[HookRows, ...]
     """What the encoder reads: one hook, or the joined hooks of a crosscoder."""
     target: HookRows | None
     """What a transcoder reconstructs; None = the input. In a row that is read it follows the inputs."""
     d_sae: int
-    batch_size: int
-    n_steps: int
-    encoder_dtype: Literal["auto", "float32", "bfloat16"]
-    """Of the encoder product; "auto" is resolved on the device."""
-    dense_dtype: Literal["auto", "float32", "bfloat16"]
-    """Of the other products where most features are active; "auto" is resolved on the device."""
-    activation: Activation
-    alignment: Alignment
-    optimizer: Adam
-    beta1: float
-    """Decay of Adam's first moment, with the variant's default resolved."""
-    lr: float
-    """Peak learning rate."""
-    warmup_steps: int
-    decay_fraction: float
-    seed: int
-    """Of the initialisation."""
-    data_seed: int
-    """Of the order of the data."""
-    dp: int
-    features: int
-    kernels: Literal["auto", "reference", "sparse", "triton"]
-    """Which implementation computes the products; "auto" is resolved on the device."""
-    gradient_exchange: Literal["auto", "batch", "dense"]
-    """How replicas share gradients; "auto" is resolved by size."""
-    shard_optimizer: bool
-    """Whether replicas divide Adam's moments."""
-    b_dec_init: Literal["mean", "geometric_median"]
-    dead_after_tokens: int
-    log_every: int
-    checkpoint_every: int
+    mesh: Mesh
+
+    @property
+    def n_ranks(self) -> int:
+        """Processes that train it."""
+        return self.mesh.dp * self.mesh.features
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.spec.resolve_lr(self.d_sae)
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the data; `spec.seed` is that of the initialisation."""
+        return self.spec.seed if self.spec.data_seed is None else self.spec.data_seed
+
+    @property
+    def encoder_dtype(self) -> Literal["auto", "float32", "bfloat16"]:
+        """Of the encoder's product, which may round where it only decides which features are chosen."""
+        return self.spec.encoder_dtype if chooses_k(self.spec.activation) else "float32"
 
     @property
     def d_in(self) -> int:
@@ -97,27 +89,27 @@ class TrainPlan:
         """What variants need to know of the run."""
         return Setting(
             d_sae=self.d_sae,
-            batch_size=self.batch_size,
-            n_steps=self.n_steps,
+            batch_size=self.spec.batch_size,
+            n_steps=self.spec.n_steps,
             k_aux=self.k_aux,
-            dead_after_tokens=self.dead_after_tokens,
+            dead_after_tokens=self.spec.dead_after_tokens,
         )
 
     @property
     def aux(self) -> AuxK | None:
         """The auxiliary loss, if any."""
-        activation = self.activation
+        activation = self.spec.activation
         return activation.aux if isinstance(activation, TopK | BatchTopK | Matryoshka) else None
 
     @property
     def expected_l0(self) -> float:
         """Active features of a token, as far as that is known beforehand."""
-        return float(self.activation.k) if chooses_k(self.activation) else self.d_sae / 16
+        return float(self.spec.activation.k) if chooses_k(self.spec.activation) else self.d_sae / 16
 
     @property
     def n_rows(self) -> int:
         """Rows of residual gradients of each token: one for every Matryoshka group, and one for the auxiliary loss."""
-        n_groups = len(self.activation.group_fractions) if isinstance(self.activation, Matryoshka) else 1
+        n_groups = len(self.spec.activation.group_fractions) if isinstance(self.spec.activation, Matryoshka) else 1
         return n_groups + (self.aux is not None)
 
     @property
@@ -145,33 +137,7 @@ def make_hook(spec: TrainSpec, name: str, width: int, mean_squared_norm: float) 
 def make_joint_plan(spec: TrainSpec, *, inputs: Sequence[HookRows], target: HookRows | None, mesh: Mesh) -> TrainPlan:
     """Resolve a spec against the hooks it reads, several for a crosscoder, and its mesh."""
     d_sae = spec.resolve_d_sae(sum(hook.width for hook in inputs))
-    return TrainPlan(
-        inputs=tuple(inputs),
-        target=target,
-        d_sae=d_sae,
-        batch_size=spec.batch_size,
-        n_steps=spec.n_steps,
-        encoder_dtype=spec.encoder_dtype if chooses_k(spec.activation) else "float32",
-        dense_dtype=spec.encoder_dtype,
-        activation=spec.activation,
-        alignment=spec.alignment,
-        optimizer=spec.optimizer,
-        beta1=spec.beta1,
-        lr=spec.resolve_lr(d_sae),
-        warmup_steps=spec.warmup_steps,
-        decay_fraction=spec.schedule.decay_fraction,
-        seed=spec.seed,
-        data_seed=spec.seed if spec.data_seed is None else spec.data_seed,
-        dp=mesh.dp,
-        features=mesh.features,
-        kernels=spec.kernels,
-        gradient_exchange=spec.gradient_exchange,
-        shard_optimizer=spec.shard_optimizer,
-        b_dec_init=spec.b_dec_init,
-        dead_after_tokens=spec.dead_after_tokens,
-        log_every=spec.log_every,
-        checkpoint_every=spec.checkpoint_every,
-    )
+    return TrainPlan(spec=spec, inputs=tuple(inputs), target=target, d_sae=d_sae, mesh=mesh)
 
 
 def scale_of(hooks: Sequence[HookRows], like: Tensor) -> float | Tensor:

@@ -26,11 +26,11 @@ def exchanges_batch(plan: TrainPlan) -> bool:
 
     In a ring of dp replicas a rank receives (dp - 1) / dp of the batch, or twice that of the dense gradients.
     """
-    if plan.gradient_exchange != "auto":
-        return plan.gradient_exchange == "batch"
-    n_local = plan.d_sae // plan.features
-    picks = plan.expected_l0 / plan.features
-    batch = plan.batch_size * (plan.d_in + plan.d_out * plan.n_rows + 4 * picks)
+    if plan.spec.gradient_exchange != "auto":
+        return plan.spec.gradient_exchange == "batch"
+    n_local = plan.d_sae // plan.mesh.features
+    picks = plan.expected_l0 / plan.mesh.features
+    batch = plan.spec.batch_size * (plan.d_in + plan.d_out * plan.n_rows + 4 * picks)
     dense = 2 * n_local * (plan.d_in + plan.d_out)
     return batch <= dense
 

@@ -38,7 +38,7 @@ def run_train(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
     result = TrainResult(
         dictionary_id=first.dictionary_id,
         store_id=assignment.store_id,
-        n_steps=first.plan.n_steps,
+        n_steps=first.plan.spec.n_steps,
         metrics=done[first.variant]["metrics"],
         dictionaries={
             run.variant: TrainedDictionary(dictionary_id=run.dictionary_id, metrics=done[run.variant]["metrics"])
@@ -55,7 +55,7 @@ def train_gang(runs: Sequence[TrainRun], reporter: Reporter) -> tuple[tuple[Chec
     Returns the final checkpoints, and the tokens that this attempt read a second.
     """
     plan = runs[0].plan
-    reporter.phase("train", total=plan.n_steps * plan.batch_size, unit="tokens")
+    reporter.phase("train", total=plan.spec.n_steps * plan.spec.batch_size, unit="tokens")
     resume, damaged = latest_common([run.checkpoints for run in runs])
     for message in damaged:
         reporter.report("log", level="warning", message=message)
@@ -64,14 +64,14 @@ def train_gang(runs: Sequence[TrainRun], reporter: Reporter) -> tuple[tuple[Chec
         first_step = resume[0].step
         attempts = " and ".join(str(attempt) for attempt in sorted({checkpoint.attempt for checkpoint in resume}))
         reporter.report("log", level="info", message=f"resuming from step {first_step} of attempt {attempts}")
-        if first_step >= plan.n_steps:
+        if first_step >= plan.spec.n_steps:
             return resume, None
     task = _task_of(runs, resume)
     began = time.monotonic()
     use_gpu = bool(ray.cluster_resources().get("GPU"))
-    with Gang.start(TrainRank, plan.dp * plan.features, use_gpu=use_gpu, env=failpoints.environment()) as gang:
+    with Gang.start(TrainRank, plan.n_ranks, use_gpu=use_gpu, env=failpoints.environment()) as gang:
         _drive(gang, task, reporter)
-    tokens_per_s = (plan.n_steps - first_step) * plan.batch_size / (time.monotonic() - began)
+    tokens_per_s = (plan.spec.n_steps - first_step) * plan.spec.batch_size / (time.monotonic() - began)
     return tuple(next(committed_checkpoints(run.checkpoints)) for run in runs), tokens_per_s
 
 

@@ -94,13 +94,13 @@ def train(
     plan = learners[0].step.plan
     with ExitStack() as stack:
         writers = [stack.enter_context(_writer(learner, attempt, observer)) for learner in learners]
-        observer.progress(first_step, plan.batch_size, force=True)
+        observer.progress(first_step, plan.spec.batch_size, force=True)
         for number in _steps(learners, source, first_step, observer, trace):
             for writer in writers:
                 writer.check()
-            if number % plan.checkpoint_every == 0 or number == plan.n_steps:
+            if number % plan.spec.checkpoint_every == 0 or number == plan.spec.n_steps:
                 begin_all(writers, number)
-            observer.progress(number, plan.batch_size, force=number == plan.n_steps)
+            observer.progress(number, plan.spec.batch_size, force=number == plan.spec.n_steps)
         for writer in writers:
             writer.finish()
 
@@ -132,17 +132,17 @@ def _steps(
     """Make steps [first_step, n_steps), reporting metrics; yields the number of steps made."""
     step = learners[0].step
     plan = step.plan
-    start, stop = step.mesh.token_range(plan.batch_size)
+    start, stop = step.mesh.token_range(plan.spec.batch_size)
     device = step.parameters.W_dec.device
     clock = _Clock()
-    for t in range(first_step, plan.n_steps):
+    for t in range(first_step, plan.spec.n_steps):
         if trace is not None:
             trace.before(t)
         with clock.loading():
             x = torch.from_numpy(source.batch(t, start, stop)).to(device)
         failpoint(Failpoint.STEP_BEFORE)
         number = t + 1
-        is_logged = number % plan.log_every == 0 or number == plan.n_steps
+        is_logged = number % plan.spec.log_every == 0 or number == plan.spec.n_steps
         metrics = [_learn(learner, t, x, is_logged=is_logged) for learner in learners]
         if is_logged:
             lap = clock.lap(step)
@@ -150,7 +150,7 @@ def _steps(
                 observer.report("metrics", **learner.label, **measured, **lap)
         yield number
     if trace is not None:
-        trace.finish(plan.n_steps)
+        trace.finish(plan.spec.n_steps)
 
 
 def _learn(learner: Learner, t: int, x: torch.Tensor, *, is_logged: bool) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class _Clock:
         now = time.monotonic()
         elapsed_s = max(now - self._start, 1e-9)
         costs = {
-            "tokens_per_s": self._n_steps * step.plan.batch_size / elapsed_s,
+            "tokens_per_s": self._n_steps * step.plan.spec.batch_size / elapsed_s,
             "loader_stall_fraction": self._loading_s / elapsed_s,
             "times_s": {**step.mesh.clock.lap(), "loader": self._loading_s},
             "peak_memory_bytes": peak_memory_bytes(step.parameters.W_dec.device),

@@ -20,17 +20,17 @@ def step_metrics(step: TrainStep, result: StepResult, number: int) -> dict[str, 
     """
     plan, mesh = step.plan, step.mesh
     variance = _variance(result.targets, mesh)
-    n_dead = (step.n_tokens_since_fired >= plan.dead_after_tokens).sum()
+    n_dead = (step.n_tokens_since_fired >= plan.spec.dead_after_tokens).sum()
     n_active = mesh.all_reduce(torch.tensor([result.n_active], device=n_dead.device), "world")
-    fvu = result.loss * plan.batch_size / variance if variance > 0 else 0.0
+    fvu = result.loss * plan.spec.batch_size / variance if variance > 0 else 0.0
     metrics = {
         "step": number,
-        "tokens": number * plan.batch_size,
+        "tokens": number * plan.spec.batch_size,
         "loss": result.loss,
         "objective": result.objective,
         "fvu": fvu,
         "explained_variance": 1 - fvu,
-        "l0": int(n_active) / plan.batch_size,
+        "l0": int(n_active) / plan.spec.batch_size,
         "dead_fraction": int(mesh.all_reduce(n_dead, "features")) / plan.d_sae,
         "lr": result.lr,
         "grad_norm": result.grad_norm,

@@ -67,8 +67,8 @@ def _record(run: TrainRun, metrics: dict[str, Any]) -> dict[str, Any]:
         "hook_name": _hook_label(run.plan),
         "d_in": run.plan.d_in,
         "d_sae": run.plan.d_sae,
-        "activation": run.plan.activation.kind,
-        "alignment": run.plan.alignment,
+        "activation": run.plan.spec.activation.kind,
+        "alignment": run.plan.spec.alignment,
         "metrics": metrics,
     }
 
@@ -97,8 +97,8 @@ def _write_config(local: Path, run: TrainRun, metrics: dict[str, Any]) -> None:
             "dictionary_id": run.dictionary_id,
             "variant": run.variant or None,
             "store_id": run.assignment.store_id,
-            "alignment": run.plan.alignment,
-            "seed": run.plan.seed,
+            "alignment": run.plan.spec.alignment,
+            "seed": run.plan.spec.seed,
             "config_hash": config_hash(run),
         },
     }
@@ -130,12 +130,12 @@ def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metric
             "d_in": run.plan.d_in,
             "d_sae": run.plan.d_sae,
             "lr": run.plan.lr,
-            "n_steps": run.plan.n_steps,
-            "warmup_steps": run.plan.warmup_steps,
-            "mesh": {"dp": run.plan.dp, "features": run.plan.features},
+            "n_steps": run.plan.spec.n_steps,
+            "warmup_steps": run.plan.spec.warmup_steps,
+            "mesh": {"dp": run.plan.mesh.dp, "features": run.plan.mesh.features},
             "d_out": run.plan.d_out,
             "input_scales": {hook.name: hook.scale for hook in run.plan.hooks},
-            "seed": run.plan.seed,
+            "seed": run.plan.spec.seed,
             "data_seed": run.plan.data_seed,
         },
         "checkpoint": {"step": checkpoint.step, "max_alignment_deviation": checkpoint.max_alignment_deviation},
@@ -148,7 +148,7 @@ def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metric
 def config_hash(run: TrainRun) -> str:
     """SHA-256 of what determines the dictionary: the store and the spec, without the mesh and the reporting."""
     spec = run.spec.model_dump(mode="json", exclude=_NOT_HASHED)
-    if run.plan.data_seed != run.plan.seed:
+    if run.plan.data_seed != run.plan.spec.seed:
         spec["data_seed"] = run.plan.data_seed
     text = json.dumps({"store_id": run.assignment.store_id, "spec": spec}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -123,7 +123,7 @@ class TrainRank:
         store.verify(part=self._rank, n_parts=mesh.size("world"))
         mesh.barrier()  # nobody trains on a store of which another found a part damaged
         self._beat()
-        with JointReader(store, task.hook_names, seed=plan.data_seed, batch_size=plan.batch_size) as reader:
+        with JointReader(store, task.hook_names, seed=plan.data_seed, batch_size=plan.spec.batch_size) as reader:
             sample = reader.first_sample(n_first_samples(plan))
             learners = [self._make_learner(learner, mesh, sample, device) for learner in task.learners]
             resume = task.learners[0].resume
@@ -160,7 +160,7 @@ class TrainRank:
 
 def join_mesh(plan: TrainPlan, *, rank: int, address: str, device: torch.device) -> ProcessMesh:
     """Join the process group of a gang: gloo on CPU, NCCL on GPU; a single rank needs none."""
-    world = plan.dp * plan.features
+    world = plan.n_ranks
     if world == 1:
         return ProcessMesh.single()
     if address.startswith("127."):
@@ -173,7 +173,7 @@ def join_mesh(plan: TrainPlan, *, rank: int, address: str, device: torch.device)
         world_size=world,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
-    return ProcessMesh.create(dp=plan.dp, features=plan.features, timeout_s=COLLECTIVE_TIMEOUT_S)
+    return ProcessMesh.create(dp=plan.mesh.dp, features=plan.mesh.features, timeout_s=COLLECTIVE_TIMEOUT_S)
 
 
 def n_first_samples(plan: TrainPlan) -> int:
@@ -189,15 +189,15 @@ def make_step(
     start, stop = mesh.feature_range(plan.d_sae)
     rows = torch.from_numpy(sample)
     targets = (rows * scale_of(plan.hooks, rows))[:, -plan.d_out :]
-    b_dec = initial_b_dec(targets, plan.b_dec_init).to(device)
+    b_dec = initial_b_dec(targets, plan.spec.b_dec_init).to(device)
     parameters = make_parameters(
-        seed=plan.seed,
+        seed=plan.spec.seed,
         d_in=plan.d_in,
         start=start,
         stop=stop,
         b_dec=b_dec,
-        tied=plan.alignment == "tied",
-        vectors=make_variant(plan.activation, plan.setting).initial_vectors(),
+        tied=plan.spec.alignment == "tied",
+        vectors=make_variant(plan.spec.activation, plan.setting).initial_vectors(),
         is_transcoder=plan.target is not None,
     )
     return TrainStep(plan, parameters, mesh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,20 +60,20 @@ class TrainStep:
         self.parameters = parameters
         self.mesh = mesh
         mesh.clock.on_gpu = parameters.W_dec.is_cuda
-        self.variant = make_variant(plan.activation, plan.setting)
-        self.optimizer = AdamState.create(plan.optimizer, parameters, beta1=plan.beta1, own=self._own_rows())
+        self.variant = make_variant(plan.spec.activation, plan.setting)
+        self.optimizer = AdamState.create(plan.spec.optimizer, parameters, beta1=plan.spec.beta1, own=self._own_rows())
         self.n_tokens_since_fired = torch.zeros(parameters.n_local, dtype=torch.int64, device=parameters.W_dec.device)
         self.state = self.variant.initial_state()
         """Running numbers of the variant, kept in checkpoints; in float64, for they average thousands."""
         self._scale = scale_of(plan.hooks, parameters.b_dec)
         device = parameters.W_dec.device
-        n_products = plan.batch_size * plan.d_in * plan.d_sae
-        dtype = choose_encoder_dtype(plan.encoder_dtype, n_products=n_products, device=device, mesh=mesh)
-        self._dense_dtype = choose_encoder_dtype(plan.dense_dtype, n_products=n_products, device=device, mesh=mesh)
-        self._encoder = Encoder(dtype)
-        self._kernels = choose_kernels(plan.kernels, device)
+        n_products = plan.spec.batch_size * plan.d_in * plan.d_sae
+        choose = partial(choose_encoder_dtype, n_products=n_products, device=device, mesh=mesh)
+        self._dense_dtype = choose(plan.spec.encoder_dtype)
+        self._encoder = Encoder(choose(plan.encoder_dtype))
+        self._kernels = choose_kernels(plan.spec.kernels, device)
         self._exchanges_batch = mesh.dp == 1 or exchanges_batch(plan)
-        self._weights = self._kernels.weight_update(parameters, self.optimizer, plan.alignment)
+        self._weights = self._kernels.weight_update(parameters, self.optimizer, plan.spec.alignment)
 
     def __call__(self, step: int, x: Tensor) -> StepResult:
         """Train on this replica's (tokens, d_in) share of batch number `step` (from 0).
@@ -156,7 +157,7 @@ class TrainStep:
         """The same from matrices; replicas then have less to send than the tokens and their picks: the sums."""
         if all_inputs is not None and self.mesh.dp > 1:
             all_inputs()  # they are on their way
-        gradients = dense_gradients(dense, self.parameters, self.plan.alignment, self.variant)
+        gradients = dense_gradients(dense, self.parameters, self.plan.spec.alignment, self.variant)
         fired = dense.fired.nonzero().squeeze(1)
         if self.mesh.dp == 1:
             return gradients, fired
@@ -208,17 +209,17 @@ class TrainStep:
         lr = learning_rate(
             step,
             peak=plan.lr,
-            n_steps=plan.n_steps,
-            warmup_steps=plan.warmup_steps,
-            decay_fraction=plan.decay_fraction,
+            n_steps=plan.spec.n_steps,
+            warmup_steps=plan.spec.warmup_steps,
+            decay_fraction=plan.spec.schedule.decay_fraction,
         )
-        clip = plan.optimizer.clip_norm
+        clip = plan.spec.optimizer.clip_norm
         clip_scale = min(1.0, clip / grad_norm) if clip is not None and grad_norm > 0 else 1.0
         # where replicas share the work an update sees only its own rows
-        copy = self._encoder.copy_of(self.parameters.W_enc_rows) if not plan.shard_optimizer else None
+        copy = self._encoder.copy_of(self.parameters.W_enc_rows) if not plan.spec.shard_optimizer else None
         smallest = self._weights.apply(gradients, lr=lr, clip_scale=clip_scale, encoder_copy=copy)
         self._encoder.keep(copy is not None)
-        if plan.shard_optimizer:
+        if plan.spec.shard_optimizer:
             share_rows(self.parameters, self.mesh)
         if smallest is not None:
             # all shards must stop together: one that stopped alone would look like a lost worker
@@ -232,10 +233,12 @@ class TrainStep:
     def _own_rows(self) -> range:
         """Features whose rows this replica moves."""
         n_local = self.parameters.n_local
-        return owned_rows(n_local, self.mesh.replica, self.mesh.dp) if self.plan.shard_optimizer else range(n_local)
+        if not self.plan.spec.shard_optimizer:
+            return range(n_local)
+        return owned_rows(n_local, self.mesh.replica, self.mesh.dp)
 
     def _count(self, fired: Tensor) -> None:
-        self.n_tokens_since_fired += self.plan.batch_size
+        self.n_tokens_since_fired += self.plan.spec.batch_size
         self.n_tokens_since_fired[fired] = 0
 
     def alignment_scores(self) -> Tensor | None:
