@@ -59,7 +59,7 @@ def _killed_at(gang: ProcessGang, point: Failpoint, rng: random.Random) -> Attem
     rank = 0 if point in RANK_0 else rng.randrange(2) if point in REPLICA_0 else rng.randrange(4)
     hit = rng.randint(1, 3) if point.startswith("step.") else 1
     attempt = gang.run(f"{point}@rank={rank},hit={hit}:kill")
-    assert attempt.killed == [rank], f"{point} did not happen on rank {rank}: {attempt.killed}, {attempt.error}"
+    assert attempt.killed == [rank], f"{point} did not happen on rank {rank}: {attempt.killed}, {attempt.refused}"
     return attempt
 
 

@@ -20,6 +20,7 @@ from gnomon.specs import Activation, Adam, AuxK, BatchTopK, Mesh, StoredActivati
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_checkpoint
 from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime.answers import Refused
 from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
 from tests.support.stores import HOOK
@@ -35,8 +36,8 @@ class Attempt:
 
     killed: list[int] = field(default_factory=list)
     """Ranks that ended by SIGKILL before the gang was ended."""
-    error: dict[str, Any] = field(default_factory=dict)
-    """What a rank returned, if it was an error."""
+    refused: Refused | None = None
+    """What a rank answered, if it was an error of the training's own."""
     finished: bool = False
     reports: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -63,8 +64,8 @@ def _serve(rank: int, task: RankTask, address: str, points: str, log: Path, pipe
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ[failpoints.VARIABLE] = points
     os.environ["OMP_NUM_THREADS"] = "1"
-    error = PipedRank(rank, pipe).run(task, address)
-    pipe.send(("end", dict(error)))
+    answer = PipedRank(rank, pipe).run(task, address)
+    pipe.send(("end", {"refused": answer} if isinstance(answer, Refused) else {}))
 
 
 def plan_for(
@@ -169,10 +170,10 @@ class ProcessGang:
                     kind, data = said
                     if kind == "end":
                         ended.add(rank)
-                        attempt.error = attempt.error or data
+                        attempt.refused = attempt.refused or data.get("refused")
                     elif kind == "metrics":
                         on_step(data["step"], pids)
-            if attempt.error:
+            if attempt.refused is not None:
                 return
             dead = [r for r, p in enumerate(processes) if p.exitcode is not None and r not in ended]
             if any(processes[r].exitcode == -signal.SIGKILL for r in dead):

@@ -17,8 +17,9 @@ from gnomon_storage.location import Location
 from gnomon_storage.writing import seal
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.tokens import load_tokenizer, make_contexts
-from gnomon_workers.harvest.worker import Failure, HarvestTask, HarvestWorker, as_stored
+from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker, as_stored
 from gnomon_workers.models.loading import load_model, model_folder
+from gnomon_workers.runtime.answers import value_of
 from tests.support.models import ALICE, glassllm_ids, glassllm_residuals, make_glassllm
 
 DOCUMENTS = [ALICE[start : start + 150 + 40 * start % 300] for start in range(0, 500, 50)]
@@ -64,13 +65,11 @@ def harvest(spec: HarvestSpec, folder: Path) -> ActivationStore:
     tokenizer = load_tokenizer(model_folder(spec.model, roots))
     task = HarvestTask(spec=spec, store=str(folder), attempt=1, special_ids=tokenizer.special_ids, input_roots=roots)
     worker = HarvestWorker(0)
-    assert not isinstance(worker.prepare(task), Failure)
+    value_of(worker.prepare(task))
     contexts = make_contexts(iter(DOCUMENTS), tokenizer, spec)
     commits = []
     for plan in plan_segments(contexts, held_out_every=4, contexts_per_segment=1000):
-        commit = worker.harvest(plan)
-        assert not isinstance(commit, Failure)
-        commits.append(commit)
+        commits.append(value_of(worker.harvest(plan)))
     assert worker.beat() == sum(commit.n_tokens for commit in commits)
     return seal(
         Location.open(str(folder)), commits, dtype=spec.dtype, store_id="act_" + "0" * 32, spec={}, packing={}, drop={},
@@ -159,12 +158,10 @@ def test_unsuitable_hooks_are_the_jobs_own_error(
     folder: Path = request.getfixturevalue(model)
     spec = make_spec(folder, hooks=[hook])
     task = HarvestTask(spec=spec, store="/unused", attempt=1, special_ids=(), input_roots=(str(folder.parent),))
-    failure = HarvestWorker(0).prepare(task)
-    assert isinstance(failure, Failure)
-    error = failure.as_error()
-    assert isinstance(error, InvalidRequest)
-    assert error.code == "unknown_hook"
-    assert says in error.message
+    with pytest.raises(InvalidRequest) as caught:
+        value_of(HarvestWorker(0).prepare(task))
+    assert caught.value.code == "unknown_hook"
+    assert says in caught.value.message
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

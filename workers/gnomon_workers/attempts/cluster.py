@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from gnomon_workers.attempts.supervisor import Supervisor
+from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, Poll
 
 ANSWER_S: Final = 15.0
@@ -104,11 +105,11 @@ class RayCluster:
 
     def snapshot(self) -> ClusterSnapshot:
         """What the cluster has."""
-        resources = self._answering(ray.cluster_resources)
+        devices = self._answering(Devices.of_cluster)
         nodes = self._answering(ray.nodes)
         return ClusterSnapshot(
-            n_cpus=float(resources.get("CPU", 0)),
-            n_gpus=float(resources.get("GPU", 0)),
+            n_cpus=devices.n_cpus,
+            n_gpus=devices.n_gpus,
             n_nodes=sum(bool(node["Alive"]) for node in nodes),
         )
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-import ray
 
 from gnomon.errors import NotFound
 from gnomon.resources import EvaluateResult
@@ -19,9 +18,13 @@ from gnomon_workers.dictionaries.folder import published
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_metrics, total
 from gnomon_workers.evaluate.patching import Hooks
 from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker, load_dictionary
+from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Reporter
+
+N_CORES: Final = 4
+"""Workers at most where there is no GPU: beyond that, loading the model costs more than it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,8 @@ def run_evaluation(
     """
     store = ActivationStore.open(Location.open(assignment.storage_root).child("activations", assignment.store_id))
     has_logits = store.manifest.model.get("kind_of_model", "causal") == "causal"
-    n_workers = _n_workers()
+    devices = Devices.of_cluster()
+    n_workers = devices.n_members if devices.use_gpu else min(N_CORES, devices.n_members)
     config = load_dictionary(folder).cfg
     task = EvaluateTask(
         store=store.location.url,
@@ -85,7 +89,10 @@ def run_evaluation(
 
 
 def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums, PatchSums | None]:
-    with Gang.start(EvaluateWorker, task.n_workers, use_gpu=_has_gpu()) as gang:
+    with Gang.start(
+        EvaluateWorker,
+        task.n_workers,
+    ) as gang:
 
         def tick() -> None:
             reporter.check_cancelled()
@@ -110,13 +117,3 @@ def _n_tokens(store: ActivationStore, evaluation: Evaluation, *, has_logits: boo
     length = store.manifest.context_length
     n_contexts = sum(segment.n_contexts for segment in store.manifest.split("held_out"))
     return n_core + length * min(n_contexts, -(-evaluation.n_ce_tokens // length))
-
-
-def _has_gpu() -> bool:
-    return bool(ray.cluster_resources().get("GPU"))
-
-
-def _n_workers() -> int:
-    """One for each GPU, or for each core up to four: beyond that loading the model costs more than it saves."""
-    resources = ray.cluster_resources()
-    return int(resources.get("GPU") or min(4, max(1, resources.get("CPU", 1))))

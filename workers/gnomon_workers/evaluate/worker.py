@@ -20,6 +20,8 @@ from gnomon_storage.manifest import SegmentInfo
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, total
 from gnomon_workers.evaluate.patching import Hooks, patch_sums
 from gnomon_workers.models.loading import load_model
+from gnomon_workers.runtime.answers import answers
+from gnomon_workers.runtime.devices import own_device
 
 _MAX_ELEMENTS = 1 << 24
 """Dense activations held at once: 64 MB in float32."""
@@ -52,11 +54,10 @@ class EvaluateWorker:
         """Tokens done so far."""
         return self._done
 
+    @answers
     def run(self, task: EvaluateTask) -> tuple[CoreSums | None, PatchSums | None]:
         """Sums of this worker's share; None where the share is empty."""
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(1)
+        device = own_device()
         store = ActivationStore.open(Location.open(task.store))
         dictionary = load_dictionary(Location.open(task.dictionary)).to(device)
         core = core_sums(dictionary, store, task, self._index, self._advance)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
 
-import ray
-
 from gnomon.errors import InvalidRequest, NotFound
 from gnomon.resources import HarvestResult
 from gnomon.specs import HarvestSpec
@@ -23,10 +21,11 @@ from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.text import read_documents, resolve_text, text_fingerprint
 from gnomon_workers.harvest.tokens import Tokenizer, load_tokenizer, make_contexts
-from gnomon_workers.harvest.worker import Failure, HarvestTask, HarvestWorker
+from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
 from gnomon_workers.models.catalog import ModelDescription, describe_model
 from gnomon_workers.models.loading import model_folder
-from gnomon_workers.runtime.gang import Gang, lost_as_such
+from gnomon_workers.runtime.devices import Devices
+from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Reporter
 
@@ -140,12 +139,9 @@ def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Pr
     if first is None:
         return commits
     n_workers = count_workers(run.spec, progress.reporter)
-    with Gang.start(HarvestWorker, n_workers, use_gpu=_has_gpu()) as gang:
+    with Gang.start(HarvestWorker, n_workers) as gang:
         task = run.task()
-        ready = gang.watch([member.prepare.remote(task) for member in gang.members], progress.reporter.check_cancelled)
-        for answer in ready:
-            if isinstance(answer, Failure):
-                raise answer.as_error()
+        gang.watch([member.prepare.remote(task) for member in gang.members], progress.reporter.check_cancelled)
         for commit in _drive(gang, chain([first], missing), progress):
             commits.append(commit)
             progress.segment(commit, is_new=True)
@@ -167,17 +163,12 @@ def skip_committed(
 
 def count_workers(spec: HarvestSpec, reporter: Reporter) -> int:
     """Workers to start: as asked, else one for each device or core; never more than there are segments to do."""
-    resources = ray.cluster_resources()
-    available = max(1, int(resources.get("GPU", 0) or resources.get("CPU", 1)))
+    available = Devices.of_cluster().n_members
     if spec.n_workers is not None and spec.n_workers > available:
         message = f"n_workers={spec.n_workers}, and the cluster has room for {available}: taking {available}"
         reporter.report("log", level="warning", message=message)
     n_segments = -(-spec.token_budget // spec.segment_tokens) + 1  # one of them held out
     return min(spec.n_workers or available, available, n_segments)
-
-
-def _has_gpu() -> bool:
-    return bool(ray.cluster_resources().get("GPU"))
 
 
 def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: Progress) -> Iterator[SegmentCommit]:
@@ -192,15 +183,9 @@ def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: Progress) -> Iter
             load[member] += 1
         if not under_way:
             return
-        with lost_as_such():
-            done, _ = ray.wait(list(under_way), num_returns=1, timeout=0.2)
-            answers = ray.get(done)
-        for reference, answer in zip(done, answers, strict=True):
+        for reference, commit in gang.done(list(under_way)).items():
             load[under_way.pop(reference)] -= 1
-            if isinstance(answer, Failure):
-                raise answer.as_error()
-            yield answer
-        gang.check_beats()
+            yield commit
         progress.tick(sum(int(beat) for beat in gang.last_beats))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gnomon.errors import GnomonError, InvalidRequest
+from gnomon.errors import InvalidRequest
 from gnomon.specs import Dtype, HarvestSpec
 from gnomon_storage.arrays import Array
 from gnomon_storage.location import Location
@@ -17,6 +17,8 @@ from gnomon_storage.manifest import SegmentCommit
 from gnomon_storage.writing import SegmentWriter
 from gnomon_workers.harvest.packing import PADDING, Mask, SegmentPlan, Tokens, kept_tokens
 from gnomon_workers.models.loading import LoadedModel, load_model, read_activations
+from gnomon_workers.runtime.answers import answers
+from gnomon_workers.runtime.devices import own_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,19 +31,6 @@ class HarvestTask:
     attempt: int
     special_ids: tuple[int, ...]
     input_roots: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """An error of the job's own, returned rather than raised: it must not look like a lost worker."""
-
-    error: type[GnomonError]
-    message: str
-    code: str
-
-    def as_error(self) -> GnomonError:
-        """The error itself."""
-        return self.error(self.message, code=self.code)
 
 
 class HarvestWorker:
@@ -59,25 +48,20 @@ class HarvestWorker:
         """Tokens that passed through the model so far."""
         return self._n_tokens
 
-    def prepare(self, task: HarvestTask) -> dict[str, int] | Failure:
+    @answers
+    def prepare(self, task: HarvestTask) -> dict[str, int]:
         """Load the model; returns the width of every hook."""
         with self._lock:
-            try:
-                device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-                self._task = task
-                self._model = load_model(task.spec.model, task.input_roots, device=device)
-                self._hooks = hook_widths(self._model, task.spec)
-            except GnomonError as error:
-                return Failure(error=type(error), message=error.message, code=error.code)
+            self._task = task
+            self._model = load_model(task.spec.model, task.input_roots, device=own_device())
+            self._hooks = hook_widths(self._model, task.spec)
             return self._hooks
 
-    def harvest(self, plan: SegmentPlan) -> SegmentCommit | Failure:
+    @answers
+    def harvest(self, plan: SegmentPlan) -> SegmentCommit:
         """Run a segment's contexts through the model and commit their rows."""
         with self._lock:
-            try:
-                return self._harvest(plan)
-            except GnomonError as error:
-                return Failure(error=type(error), message=error.message, code=error.code)
+            return self._harvest(plan)
 
     def _harvest(self, plan: SegmentPlan) -> SegmentCommit:
         task = self._task

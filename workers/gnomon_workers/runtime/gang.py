@@ -16,6 +16,8 @@ from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gnomon_workers.runtime.answers import value_of
+from gnomon_workers.runtime.devices import Devices, free_devices
 from gnomon_workers.runtime.reporting import WorkerLost
 
 PLACEMENT_DEADLINE_S: Final = 120.0
@@ -29,7 +31,10 @@ BEAT_EVERY_S: Final = 1.0
 
 @dataclass(slots=True)
 class Gang:
-    """n actors of one class, one core or one whole GPU each; a context manager that ends them all."""
+    """n actors of one class, one core or one whole GPU each; a context manager that ends them all.
+
+    A member has a method `beat()`, answered while it works, and methods that work, which are marked with `answers`.
+    """
 
     members: list[Any]
     group: PlacementGroup
@@ -39,25 +44,24 @@ class Gang:
     _started: set[int] = field(default_factory=set)
 
     @classmethod
-    def start(cls, actor_class: Any, n_members: int, *, use_gpu: bool, env: dict[str, str] | None = None) -> Self:
+    def start(cls, actor_class: Any, n_members: int, *, env: dict[str, str] | None = None) -> Self:
         """Reserve resources and start the members, with their index as the only argument.
 
         Raises WorkerLost when the cluster cannot place them within PLACEMENT_DEADLINE_S.
         """
-        resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
-        group = placement_group([dict(resources) for _ in range(n_members)], strategy="PACK")
+        devices = Devices.of_cluster()
+        group = placement_group([devices.of_member for _ in range(n_members)], strategy="PACK")
         if not group.wait(PLACEMENT_DEADLINE_S):
             remove_placement_group(group)
             raise WorkerLost(
-                f"the cluster could not place {n_members} workers ({'a GPU' if use_gpu else 'a core'} each) within "
-                f"{PLACEMENT_DEADLINE_S:.0f} s; it has {ray.cluster_resources()}, free {ray.available_resources()}"
+                f"the cluster could not place {n_members} workers ({'a GPU' if devices.use_gpu else 'a core'} each) "
+                f"within {PLACEMENT_DEADLINE_S:.0f} s; it has {devices}, of which {free_devices()} are free"
             )
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
         members = [
             ray.remote(actor_class)
             .options(
-                num_cpus=1,
-                num_gpus=1 if use_gpu else 0,
+                **devices.options,
                 max_restarts=0,
                 max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
@@ -77,32 +81,28 @@ class Gang:
             ray.kill(member)
         remove_placement_group(self.group)
 
-    def watch(
-        self,
-        running: Sequence[Any],
-        on_tick: Callable[[], None],
-        *,
-        every_s: float = 0.2,
-        ends: Callable[[Any], bool] = lambda _: False,
-    ) -> list[Any]:
+    def watch(self, running: Sequence[Any], on_tick: Callable[[], None], *, every_s: float = 0.2) -> list[Any]:
         """Wait until all `running` references are done and return their values; on_tick runs meanwhile.
 
-        A value for which `ends` is true ends the wait: only the values that are there are returned then, for the
-        others may be waiting for the member that gave up. Members must have a method `beat()`. Raises WorkerLost
-        when a member dies, fails or stops answering.
+        Raises as `done`, at the first member that refuses or is lost: the others may be waiting for it.
         """
-        pending = list(running)
         values: dict[Any, Any] = {}
-        while pending:
-            with lost_as_such():
-                done, pending = ray.wait(pending, num_returns=len(pending), timeout=every_s)
-                # a failure is raised at once, not when the last member ends
-                values |= dict(zip(done, ray.get(done), strict=True))
-            if any(ends(values[reference]) for reference in done):
-                break
-            self.check_beats()
+        while len(values) < len(running):
+            values |= self.done([each for each in running if each not in values], every_s=every_s)
             on_tick()
-        return [values[reference] for reference in running if reference in values]
+        return [values[reference] for reference in running]
+
+    def done(self, running: Sequence[Any], *, every_s: float = 0.2) -> dict[Any, Any]:
+        """The values of those references that are done, waiting for the first of them for every_s seconds at most.
+
+        Raises the error of a member that refused, and WorkerLost when one died, failed or stopped answering.
+        """
+        with lost_as_such():
+            done, _ = ray.wait(list(running), num_returns=1, timeout=every_s)
+            answers = ray.get(done)
+        values = {reference: value_of(answer) for reference, answer in zip(done, answers, strict=True)}
+        self.check_beats()
+        return values
 
     def check_beats(self) -> None:
         """Ask for beats that are due; raises WorkerLost when a member died or stopped answering."""

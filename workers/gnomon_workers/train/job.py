@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import ray
 
-from gnomon.errors import from_problem
+from gnomon.errors import GnomonError
 from gnomon.resources import TrainedDictionary, TrainResult
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_common
 from gnomon_workers.dictionaries.folder import published
@@ -68,8 +68,7 @@ def train_gang(runs: Sequence[TrainRun], reporter: Reporter) -> tuple[tuple[Chec
             return resume, None
     task = _task_of(runs, resume)
     began = time.monotonic()
-    use_gpu = bool(ray.cluster_resources().get("GPU"))
-    with Gang.start(TrainRank, plan.n_ranks, use_gpu=use_gpu, env=failpoints.environment()) as gang:
+    with Gang.start(TrainRank, plan.n_ranks, env=failpoints.environment()) as gang:
         _drive(gang, task, reporter)
     tokens_per_s = (plan.spec.n_steps - first_step) * plan.spec.batch_size / (time.monotonic() - began)
     return tuple(next(committed_checkpoints(run.checkpoints)) for run in runs), tokens_per_s
@@ -96,16 +95,16 @@ def _drive(gang: Gang, task: RankTask, reporter: Reporter) -> None:
         address: str = ray.get(gang.members[0].address.remote())
     running = [member.run.remote(task, address) for member in gang.members]
     forward = _Forwarder(gang.members[0], reporter)
-    # one rank's error ends them all: the others would wait for it until their collective times out
     try:
-        errors = [error for error in gang.watch(running, forward, ends=bool) if error]
+        gang.watch(running, forward)
     except WorkerLost:
         # if rank 0 lives, what it has said belongs to steps that may never be made again
         forward.salvage()
         raise
+    except GnomonError:
+        forward.finish()
+        raise
     forward.finish()
-    if errors:
-        raise from_problem(errors[0]["status"], errors[0])
 
 
 class _Forwarder:

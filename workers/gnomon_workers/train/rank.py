@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gnomon.errors import GnomonError
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime.answers import answers
+from gnomon_workers.runtime.devices import own_device
 from gnomon_workers.runtime.failpoints import Failpoint
 from gnomon_workers.runtime.protocol import Report
 from gnomon_workers.runtime.reporting import Reporter
@@ -99,25 +99,19 @@ class TrainRank:
         """Reports of this rank with a number above `after`."""
         return self._reporter.after(after)
 
-    def run(self, task: RankTask, address: str) -> Mapping[str, Any]:
-        """Train to the end; returns {} or an error that is the job's own, as `errors.from_problem` takes it."""
+    @answers
+    def run(self, task: RankTask, address: str) -> None:
+        """Train to the end."""
         with self._lock:
-            try:
-                self._run(task, address)
-            except GnomonError as error:
-                # Returned rather than raised: the job's own error must not look like a lost worker. The process
-                # group stays: without it the others would fail as well, and might be heard first.
-                return {"status": error.status, "code": error.code, "detail": error.message}
+            self._run(task, address)
+            # after an error the group stays: without it the others would fail as well, and might be heard first
             if dist.is_initialized():
                 dist.destroy_process_group()
-            return {}
 
     def _run(self, task: RankTask, address: str) -> None:
         failpoints.failpoint(Failpoint.RUN_START)
         plan = task.learners[0].plan
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(1)
+        device = own_device()
         mesh = join_mesh(plan, rank=self._rank, address=address, device=device)
         store = ActivationStore.open(Location.open(task.store))
         store.verify(part=self._rank, n_parts=mesh.size("world"))

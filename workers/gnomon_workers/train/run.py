@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ray
-
 from gnomon.errors import InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
+from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, dictionary_ids
 from gnomon_workers.sae.plan import HookRows, TrainPlan, choose_mesh, make_hook, make_joint_plan
 
@@ -76,10 +75,12 @@ def resolve_all(assignment: Assignment) -> tuple[TrainRun, ...]:
 
 
 def _mesh_of(spec: TrainSpec, d_sae: int) -> Mesh:
-    mesh = choose_mesh(spec, d_sae=d_sae, n_ranks=_n_ranks())
-    if mesh.dp * mesh.features > _n_ranks():
+    devices = Devices.of_cluster()
+    mesh = choose_mesh(spec, d_sae=d_sae, n_ranks=devices.n_members)
+    if mesh.dp * mesh.features > devices.n_members:
         raise InvalidRequest(
-            f"mesh {mesh.dp} x {mesh.features} needs {mesh.dp * mesh.features} devices, the cluster has {_n_ranks()}",
+            f"mesh {mesh.dp} x {mesh.features} needs {mesh.dp * mesh.features} "
+            f"{'GPUs' if devices.use_gpu else 'cores'}, the cluster has {devices}",
             code="mesh_does_not_fit",
         )
     return mesh
@@ -97,9 +98,3 @@ def hooks_of(spec: TrainSpec, store: ActivationStore) -> tuple[tuple[HookRows, .
     names = spec.hook_names or (spec.hook_name or next(iter(known)),)
     target = spec.target_hook_name
     return tuple(map(hook, names)), hook(target) if target is not None and target != names[0] else None
-
-
-def _n_ranks() -> int:
-    """Ranks the cluster can hold: one for each GPU, or for each core where there is none."""
-    resources = ray.cluster_resources()
-    return int(resources.get("GPU", 0) or resources.get("CPU", 0))
