@@ -113,7 +113,7 @@ def dispatcher() -> None:
         return
     database = Database(settings.database_url)
     database.migrate()
-    cluster = RayCluster(address=settings.ray_address, namespace=settings.ray_namespace)
+    cluster = RayCluster.connect(address=settings.ray_address, namespace=settings.ray_namespace)
     _set_on_signals(stop)  # again: connecting to Ray replaced the handlers
     retry = RetryPolicy(base_s=settings.retry_base_s, cap_s=settings.retry_cap_s)
     Dispatcher(

@@ -38,14 +38,6 @@ def float32_from_bfloat16(raw: Array) -> Array:
     return values
 
 
-def bfloat16_from_float32(values: Array) -> Array:
-    """The bits, as uint16, of the nearest bfloat16; ties to even, NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(is_nan, (bits >> 16) | 0x40, rounded).astype("<u2")
-
-
 def make_array(
     group: Location, name: str, *, shape: tuple[int, ...], chunk_rows: int, dtype: str, attributes: dict[str, Any]
 ) -> None:

@@ -33,7 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         environment(variables),
         local_ray(n_cpus=3),
     ):
-        yield RayCluster.connected(namespace=NAMESPACE)
+        yield RayCluster(namespace=NAMESPACE)
 
 
 def finish(cluster: RayCluster, task: Assignment) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from obstore.exceptions import GenericError
 from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound, StoreUnavailable
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import (
-    bfloat16_from_float32,
     chunk_key,
     float32_from_bfloat16,
     make_array,
@@ -26,6 +25,7 @@ from gnomon_storage.arrays import (
 from gnomon_storage.location import Location
 from gnomon_storage.shuffle import BatchReader
 from tests.support.activation_stores import make_store
+from tests.support.bfloat16 import bfloat16_from_float32
 from tests.support.seaweed import environment, new_place, s3_server
 
 

@@ -20,13 +20,13 @@ from gnomon.errors import StoreUnavailable
 from gnomon.resources import TrainResult
 from gnomon_workers.attempts import cluster as clusters
 from gnomon_workers.attempts.cluster import RayCluster
-from gnomon_workers.checkpoints.format import latest_checkpoint
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, ReportKind, dictionary_ids
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.job import train_gang
 from gnomon_workers.train.run import resolve_all
+from tests.support.checkpoints import latest_whole
 from tests.support.rays import NAMESPACE, local_ray
 from tests.support.stores import make_store
 from tests.support.train_processes import ProcessGang
@@ -37,7 +37,7 @@ STORE_ID = "act_" + "1" * 32
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with local_ray(n_cpus=4):
-        yield RayCluster.connected(namespace=NAMESPACE)
+        yield RayCluster(namespace=NAMESPACE)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_an_error_of_one_rank_ends_the_gang_at_once(
     # of this kind, because it says that the job may be run again
     with pytest.raises(StoreUnavailable, match="after_upload"):
         train_gang([run], Reporter())
-    found, damaged = latest_checkpoint(run.checkpoints)
+    found, damaged = latest_whole(run.checkpoints)
     assert found is not None and found.step == 20 and not damaged
 
 

@@ -16,13 +16,14 @@ from gnomon.specs import Activation, AuxK, BatchTopK, Mesh, TopK
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_storage.shuffle import BatchReader
-from gnomon_workers.checkpoints.format import committed_checkpoints, latest_checkpoint
+from gnomon_workers.checkpoints.format import committed_checkpoints
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.train.loop import Learner, Observer, train
 from gnomon_workers.train.rank import make_step
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
+from tests.support.checkpoints import latest_whole
 from tests.support.ranks import RankPool
 from tests.support.steps import data, plan_of, step_of
 from tests.support.stores import HOOK, make_store
@@ -70,7 +71,7 @@ def run(
                 wait_for(checkpoints, stop_at - stop_at % EVERY)
                 raise Stopped
 
-    resume, _ = latest_checkpoint(checkpoints)
+    resume, _ = latest_whole(checkpoints)
     with BatchReader(store, HOOK, seed=plan.spec.seed, batch_size=BATCH) as reader:
         step = make_step(plan, mesh, reader.first_sample(512), torch.device("cpu"))
         if resume is not None:
@@ -234,7 +235,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     shutil.copytree(root / "cut", root / folder)
     assert sorted(path.name for path in (root / folder).iterdir()) == ["step-00000032.a0001", "step-00000040.a0001"]
     damage(root / folder / "step-00000040.a0001")
-    found, damaged = latest_checkpoint(Location.open(f"file://{root}").child(folder))
+    found, damaged = latest_whole(Location.open(f"file://{root}").child(folder))
     assert found is not None and found.step == 32
     assert len(damaged) == 1 and "step-00000040.a0001/shard" in damaged[0]
     if damage is flip:
@@ -246,12 +247,12 @@ def test_a_checkpoint_without_manifest_does_not_exist(root: Path) -> None:
     run(ProcessMesh.single(), root, "cut", TopK(k=4))
     for path in (root / "cut").iterdir():
         (path / "manifest.json").unlink()
-    assert latest_checkpoint(Location.open(f"file://{root}").child("cut")) == (None, [])
+    assert latest_whole(Location.open(f"file://{root}").child("cut")) == (None, [])
 
 
 def test_checkpoints_record_the_alignment_and_keep_it(root: Path) -> None:
     run(ProcessMesh.single(), root, "cut", TopK(k=4))
-    found, _ = latest_checkpoint(Location.open(f"file://{root}").child("cut"))
+    found, _ = latest_whole(Location.open(f"file://{root}").child("cut"))
     assert found is not None and found.max_alignment_deviation is not None
     assert 0 < found.max_alignment_deviation <= 1e-5
 
@@ -271,4 +272,4 @@ def test_replicas_that_differ_stop_the_job(ranks: RankPool, root: Path) -> None:
     answers = ranks.run(_differing_replica_on, 2, 1, root)
     assert "CorruptArtifact: replicas [1] of shard 0 differ" in answers[0]
     assert "1 other ranks could not save step 1" in answers[1]
-    assert latest_checkpoint(Location.open(f"file://{root}").child("replicas")) == (None, [])
+    assert latest_whole(Location.open(f"file://{root}").child("replicas")) == (None, [])

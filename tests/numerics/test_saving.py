@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from gnomon.errors import Conflict, CorruptArtifact, StoreUnavailable
 from gnomon.specs import BatchTopK
 from gnomon_storage.location import Location
-from gnomon_workers.checkpoints.format import committed_checkpoints, latest_checkpoint
+from gnomon_workers.checkpoints.format import committed_checkpoints
 from gnomon_workers.checkpoints.tensor_file import PIECE_BYTES, TensorReader, write_tensors
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.train import saving
 from gnomon_workers.train.saving import CheckpointWriter, Saved, save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
+from tests.support.checkpoints import latest_whole
 from tests.support.steps import data, plan_of, step_of
 
 
@@ -149,7 +150,7 @@ def test_an_error_of_the_store_surfaces_at_the_next_step_and_harms_nothing(folde
         for t in range(4, 10_000):
             step(t, data(32, seed=t))
             writer.check()
-    found, damaged = latest_checkpoint(folder)
+    found, damaged = latest_whole(folder)
     assert found is not None and found.step == 3 and not damaged
 
 

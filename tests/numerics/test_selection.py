@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.global_selection import BatchTopKSelector, global_topk
-from gnomon_workers.sae.selection import GroupedRows, local_topk, topk_rows
+from gnomon_workers.sae.selection import GroupedRows, local_topk
 from tests.support.ranks import RankPool
 from tests.support.selections import assembled, dense, stable_topk, values_with_ties
 
@@ -30,7 +30,9 @@ def test_topk_equals_a_stable_sort(n: int, k: int, levels: int, dtype: torch.dty
     values = values_with_ties(6, n, levels, seed).to(dtype)
     picks = local_topk(GroupedRows(values, k), k).picks(6)
     assert torch.equal(dense(picks, n), values * stable_topk(values, k))
-    top, indices = topk_rows(values, k)
+    k = min(k, n)
+    found = local_topk(GroupedRows(values, k, above=-torch.inf), k)
+    top, indices = found.values.view(-1, k), found.features.view(-1, k)
     assert (indices.diff(dim=1) > 0).all()
     kept = torch.zeros_like(values, dtype=torch.bool).scatter_(1, indices, True)
     assert torch.equal(kept & (values > 0), stable_topk(values, k))

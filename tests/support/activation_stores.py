@@ -9,10 +9,10 @@ import numpy as np
 
 from gnomon.specs import Dtype
 from gnomon_storage.activations import ActivationStore
-from gnomon_storage.arrays import bfloat16_from_float32
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit, Split
 from gnomon_storage.writing import SegmentWriter, seal
+from tests.support.bfloat16 import bfloat16_from_float32
 
 CONTEXT_LENGTH = 4
 HOOKS = {"layers.0": 8, "layers.1": 3}

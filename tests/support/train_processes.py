@@ -18,11 +18,12 @@ from typing import Any
 
 from gnomon.specs import Activation, Adam, AuxK, BatchTopK, Mesh, StoredActivations, TrainSpec
 from gnomon_storage.location import Location
-from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_checkpoint
+from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.answers import Refused
 from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
+from tests.support.checkpoints import latest_whole
 from tests.support.stores import HOOK
 
 STORE_ID = "act_" + "1" * 32
@@ -95,7 +96,7 @@ def plan_for(
 def task_for(root: Path, folder: str, plan: TrainPlan, attempt: int) -> RankTask:
     """What the ranks of one attempt are told, as the job's supervisor tells them."""
     base = Location.open(f"file://{root}")
-    resume, damaged = latest_checkpoint(base.child(folder))
+    resume, damaged = latest_whole(base.child(folder))
     assert not damaged, damaged
     return RankTask(
         learners=(LearnerTask(plan=plan, checkpoints=base.child(folder).url, resume=resume),),

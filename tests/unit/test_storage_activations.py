@@ -12,10 +12,11 @@ import pytest
 from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage import writing
 from gnomon_storage.activations import ActivationStore
-from gnomon_storage.arrays import bfloat16_from_float32, float32_from_bfloat16
+from gnomon_storage.arrays import float32_from_bfloat16
 from gnomon_storage.location import Location
 from gnomon_storage.writing import load_commit, remove_leftovers
 from tests.support.activation_stores import HOOKS, known_rows, make_store, seal_store, write_segment
+from tests.support.bfloat16 import bfloat16_from_float32
 
 
 def files_of(folder: Path) -> list[Path]:

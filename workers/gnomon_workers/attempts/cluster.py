@@ -24,27 +24,22 @@ T = TypeVar("T")
 
 
 class RayCluster:
-    """Attempts on a Ray cluster, each under the name of its supervisor."""
+    """Attempts on the Ray cluster that this process is connected to, each under the name of its supervisor."""
 
-    def __init__(self, *, address: str | None, namespace: str) -> None:
-        """Connect to a running cluster; without an address, to the one on this machine."""
+    def __init__(self, *, namespace: str) -> None:
+        self._namespace = namespace
+        self._silent_since: dict[str, float] = {}
+
+    @classmethod
+    def connect(cls, *, address: str | None, namespace: str) -> Self:
+        """Connect this process to a running cluster; without an address, to the one on this machine."""
         # Ray would otherwise run workers through `uv run` and report usage; both surprise an operator.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self._use(namespace)
-        self._answering(lambda: ray.init(address=address or "auto", namespace=namespace, log_to_driver=False))
-
-    @classmethod
-    def connected(cls, *, namespace: str) -> Self:
-        """The cluster that this process is connected to already."""
-        cluster = cls.__new__(cls)
-        cluster._use(namespace)
+        cluster = cls(namespace=namespace)
+        cluster._answering(lambda: ray.init(address=address or "auto", namespace=namespace, log_to_driver=False))
         return cluster
-
-    def _use(self, namespace: str) -> None:
-        self._namespace = namespace
-        self._silent_since: dict[str, float] = {}
 
     def close(self) -> None:
         """Disconnect; attempts go on."""

@@ -100,12 +100,6 @@ def committed_checkpoints(folder: Location) -> Iterator[Checkpoint]:
             continue
 
 
-def latest_checkpoint(folder: Location) -> tuple[Checkpoint | None, list[str]]:
-    """The last whole checkpoint, every byte checked, and what was found damaged on the way to it."""
-    found, damaged = latest_common([folder])
-    return (found[0] if found else None), damaged
-
-
 def latest_common(folders: Sequence[Location]) -> tuple[tuple[Checkpoint, ...] | None, list[str]]:
     """Whole checkpoints of one step, of each folder one: of the last step of which all folders have one.
 

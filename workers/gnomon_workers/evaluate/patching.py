@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +149,15 @@ def _passing_on(layer: nn.Module, *, is_tuple: bool) -> Iterator[None]:
     def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         return (hidden_states,) if is_tuple else hidden_states
 
-    with patch.object(layer, "forward", forward):
+    own = vars(layer)
+    before = own.get("forward")  # accelerate's hooks leave one, which must be there again afterwards
+    own["forward"] = forward
+    try:
         yield
+    finally:
+        del own["forward"]
+        if before is not None:
+            own["forward"] = before
 
 
 def first_of(output: Any) -> Tensor:

@@ -100,4 +100,6 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices faster than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # an older torch, which cannot tell, gets the slower product of the two
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(has.get(name)) for name in ("avx512_bf16", "amx_bf16"))

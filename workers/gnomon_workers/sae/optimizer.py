@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gnomon.specs import Adam
 from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.sae.fused_adam import fused_adam
 from gnomon_workers.sae.parameters import Parameters
 
 MATRICES: Final = ("W_enc_rows", "W_dec")
@@ -65,23 +66,8 @@ class AdamState:
 
     def move(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], grads: Sequence[Tensor], lr: float) -> None:
         """One step down the gradients for (parameter, first, second) triples; `begin` must have counted it."""
-        params, first, second = (list(column) for column in zip(*rows, strict=True))
-        # The kernel itself: torch.optim's way to it costs more than the work of a block of rows.
-        torch._fused_adam_(
-            params,
-            list(grads),
-            first,
-            second,
-            [],
-            [self.n_steps.to(params[0].device, non_blocking=True)] * len(params),
-            lr=lr,
-            beta1=self.beta1,
-            beta2=self.config.beta2,
-            weight_decay=0.0,
-            eps=self.config.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        betas = {"beta1": self.beta1, "beta2": self.config.beta2}
+        fused_adam(rows, grads, self.n_steps, lr=lr, eps=self.config.eps, **betas)
 
 
 def owned_rows(n_local: int, replica: int, dp: int) -> range:

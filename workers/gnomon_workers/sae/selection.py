@@ -130,13 +130,6 @@ def local_topk(grouped: GroupedRows, k: int) -> Candidates:
     return candidates.where(keep)
 
 
-def topk_rows(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row of finite values: (values, indices), each (rows, k), by ascending index."""
-    k = min(k, values.shape[1])
-    found = local_topk(GroupedRows(values, k, above=-torch.inf), k)
-    return found.values.view(-1, k), found.features.view(-1, k)
-
-
 def keep_largest(rows: Tensor, k: int) -> Tensor:
     """Mask of the k largest entries of every row, ties to the first."""
     cut = kth_largest(rows, k).to(rows.dtype)

@@ -101,14 +101,6 @@ def sort_by_feature(features: Tensor, tokens: Tensor) -> FeatureSegments:
     return FeatureSegments(order=order, tokens=take(tokens, order), touched=touched, offsets=offsets_of(counts))
 
 
-def row_gradients(segments: FeatureSegments, weights: Tensor, vectors: Tensor) -> Tensor:
-    """For every touched feature the sum over its picks of weight * vector of the token, (n_touched, d_in).
-
-    weights is (nnz,) in the order of the picks; vectors is (tokens, d_in).
-    """
-    return bag_sums(vectors, segments.tokens, take(weights, segments.order), segments.offsets)
-
-
 def segment_sums(segments: FeatureSegments, weights: Tensor) -> Tensor:
     """For every touched feature the sum of the weights of its picks, (n_touched,)."""
     return torch.segment_reduce(take(weights, segments.order), "sum", offsets=segments.offsets)
