@@ -25,7 +25,7 @@ from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, ReportKind, dictionary_ids
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.job import train_gang
-from gnomon_workers.train.run import resolve_all
+from gnomon_workers.train.run import resolve
 from tests.support.checkpoints import latest_whole
 from tests.support.rays import NAMESPACE, local_ray
 from tests.support.stores import make_store
@@ -119,7 +119,7 @@ def pids_of(actor: str) -> list[int]:
 @pytest.fixture(scope="module")
 def uninterrupted(cluster: RayCluster, root: Path) -> dict[int, float]:
     """Losses of the same ranks without Ray, and without anything happening to them."""
-    attempt = ProcessGang(root, "whole", resolve_all(assignment(root, "job_whole"))[0].plan).run()
+    attempt = ProcessGang(root, "whole", resolve(assignment(root, "job_whole")).plan).run()
     assert attempt.finished
     return attempt.losses
 
@@ -258,13 +258,13 @@ def test_a_stopped_rank_is_noticed_and_the_gang_rebuilt_within_a_minute(
     shipped_s, tested_s = gangs.STALL_S, 4.0
     monkeypatch.setattr(gangs, "STALL_S", tested_s)
     mesh = {"dp": 2, "features": 2}
-    (run,) = resolve_all(assignment(root, "job_stopped", mesh=mesh, token_budget=64 * 40, checkpoint_every=10))
+    run = resolve(assignment(root, "job_stopped", mesh=mesh, token_budget=64 * 40, checkpoint_every=10))
     before, after = Watching(), Watching()
     monkeypatch.setenv(failpoints.VARIABLE, "step.before@rank=2,hit=25:stop")
     with pytest.raises(WorkerLost, match="worker 2 has not answered"):
-        train_gang([run], before)
+        train_gang(run, before)
     monkeypatch.delenv(failpoints.VARIABLE)
-    (final,), _ = train_gang([run], after)
+    (final,), _ = train_gang(run, after)
 
     (pid, stopped_at), *others = before.stopped.items()
     assert not others and not psutil.pid_exists(pid), "the stopped process stays behind"
@@ -285,11 +285,11 @@ def test_an_error_of_one_rank_ends_the_gang_at_once(
     cluster: RayCluster, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(failpoints.VARIABLE, "checkpoint.after_upload@rank=1,hit=2:raise")
-    (run,) = resolve_all(assignment(root, "job_store", token_budget=64 * 100_000, checkpoint_every=20))
+    run = resolve(assignment(root, "job_store", token_budget=64 * 100_000, checkpoint_every=20))
     # of this kind, because it says that the job may be run again
     with pytest.raises(StoreUnavailable, match="after_upload"):
-        train_gang([run], Reporter())
-    found, damaged = latest_whole(run.checkpoints)
+        train_gang(run, Reporter())
+    found, damaged = latest_whole(run.trainings[0].checkpoints)
     assert found is not None and found.step == 20 and not damaged
 
 

@@ -18,8 +18,9 @@ from gnomon_storage.location import Location
 from gnomon_storage.shuffle import BatchReader
 from gnomon_workers.checkpoints.format import committed_checkpoints
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.train.loop import Learner, Observer, train
+from gnomon_workers.train.loop import Observer, train
 from gnomon_workers.train.rank import make_step
+from gnomon_workers.train.run import Training
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 from gnomon_workers.train.step import TrainStep
@@ -78,9 +79,9 @@ def run(
             load_checkpoint(checkpoints, resume, step)
         try:
             train(
-                [Learner(step=step, checkpoints=checkpoints)],
+                [Training(plan=plan, checkpoints=checkpoints, dictionary=checkpoints, resume=resume)],
+                [step],
                 reader,
-                first_step=resume.step if resume else 0,
                 attempt=attempt,
                 observer=Observer(report=report, beat=lambda: None),
             )

@@ -12,8 +12,9 @@ import pytest
 
 from gnomon_storage.location import Location
 from gnomon_workers.parallel.clock import WORK
-from gnomon_workers.train.loop import Learner, Observer, train
+from gnomon_workers.train.loop import Observer, train
 from gnomon_workers.train.profile import SKIPPED_STEPS, StepProfile
+from gnomon_workers.train.run import Training
 from tests.support.steps import data, plan_of, step_of
 
 N_STEPS = 16
@@ -35,11 +36,11 @@ def run(folder: Path, n_traced: int) -> list[tuple[str, dict[str, Any]]]:
     def report(kind: str, **data: Any) -> None:
         reports.append((kind, data))
 
-    step = step_of(plan_of(token_budget=32 * N_STEPS, log_every=1, checkpoint_every=100))
+    plan = plan_of(token_budget=32 * N_STEPS, log_every=1, checkpoint_every=100)
     train(
-        [Learner(step=step, checkpoints=place.child("checkpoints"))],
+        [Training(plan=plan, checkpoints=place.child("checkpoints"), dictionary=place)],
+        [step_of(plan)],
         MadeUp(),
-        first_step=0,
         attempt=1,
         observer=Observer(report=report, beat=lambda: None),
         trace=StepProfile(place.child("trace.json.gz"), n_traced, first_step=0, report=report),

@@ -19,8 +19,9 @@ from gnomon_workers.checkpoints.format import latest_common
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.sae.plan import TrainPlan, make_plan
-from gnomon_workers.train.loop import Learner, Observer, train
+from gnomon_workers.train.loop import Observer, train
 from gnomon_workers.train.rank import make_step
+from gnomon_workers.train.run import Training
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.sources import JointReader
 from gnomon_workers.train.state import load_checkpoint, state_tensors
@@ -77,21 +78,23 @@ def run_on(mesh: ProcessMesh, root: Path, folder: str, names: list[str], *, atte
     seeds = {plan.data_seed for plan in chosen.values()}
     with JointReader(store, [HOOK], seed=seeds.pop(), batch_size=BATCH) as reader:
         sample = reader.first_sample(512)
-        learners = [
-            Learner(name=name, step=make_step(plan, mesh, sample, torch.device("cpu")), checkpoints=place.child(name))
-            for name, plan in chosen.items()
+        trainings = [
+            Training(plan=plan, checkpoints=place.child(name), dictionary=place, variant=name, resume=checkpoint)
+            for (name, plan), checkpoint in zip(chosen.items(), resume or [None] * len(chosen), strict=True)
         ]
-        for learner, checkpoint in zip(learners, resume or (), strict=resume is not None):
-            load_checkpoint(learner.checkpoints, checkpoint, learner.step)
+        steps = [make_step(training.plan, mesh, sample, torch.device("cpu")) for training in trainings]
+        for training, step in zip(trainings, steps, strict=True):
+            if training.resume is not None:
+                load_checkpoint(training.checkpoints, training.resume, step)
         train(
-            learners,
+            trainings,
+            steps,
             reader,
-            first_step=resume[0].step if resume else 0,
             attempt=attempt,
             observer=Observer(report=report, beat=lambda: None),
         )
     assert not seeds
-    return {learner.name: state_tensors(learner.step) for learner in learners}, losses
+    return {name: state_tensors(step) for name, step in zip(chosen, steps, strict=True)}, losses
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -193,7 +196,8 @@ def test_later_steps_of_an_attempt_before_do_not_outlive_those_that_are_made_now
 def test_an_error_says_of_which_variant_it_is(root: Path) -> None:
     spoiled = plans(ProcessMesh.single())["k4"]
     step = make_step(spoiled, ProcessMesh.single(), torch.zeros(4, D_IN).numpy(), torch.device("cpu"))
-    learner = Learner(name="k4", step=step, checkpoints=Location.open(f"file://{root}").child("spoiled"))
-    with pytest.raises(GnomonError) as raised, learner.named():
+    place = Location.open(f"file://{root}").child("spoiled")
+    training = Training(plan=spoiled, checkpoints=place, dictionary=place, variant="k4")
+    with pytest.raises(GnomonError) as raised, training.named():
         step(0, torch.full((BATCH, D_IN), torch.inf))
     assert raised.value.message.startswith("variant 'k4': step 0") and raised.value.code == "non_finite"

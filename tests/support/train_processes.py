@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.answers import Refused
+from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.sae.plan import TrainPlan, make_plan
-from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
+from gnomon_workers.train.rank import TrainRank
+from gnomon_workers.train.run import Training, TrainRun
 from tests.support.checkpoints import latest_whole
 from tests.support.stores import HOOK
 
@@ -60,12 +62,12 @@ class PipedRank(TrainRank):
             self._pipe.send((kind, data))
 
 
-def _serve(rank: int, task: RankTask, address: str, points: str, log: Path, pipe: Connection) -> None:
+def _serve(rank: int, run: TrainRun, address: str, points: str, log: Path, pipe: Connection) -> None:
     # what the survivors of a kill have to say is of interest only where a test fails
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ[failpoints.VARIABLE] = points
     os.environ["OMP_NUM_THREADS"] = "1"
-    answer = PipedRank(rank, pipe).run(task, address)
+    answer = PipedRank(rank, pipe).run(run, address)
     pipe.send(("end", {"refused": answer} if isinstance(answer, Refused) else {}))
 
 
@@ -93,18 +95,22 @@ def plan_for(
     return make_plan(spec, d_in=16, mesh=mesh, mean_squared_norm=1.0)
 
 
-def task_for(root: Path, folder: str, plan: TrainPlan, attempt: int) -> RankTask:
+def run_for(root: Path, folder: str, plan: TrainPlan, attempt: int) -> TrainRun:
     """What the ranks of one attempt are told, as the job's supervisor tells them."""
     base = Location.open(f"file://{root}")
     resume, damaged = latest_whole(base.child(folder))
     assert not damaged, damaged
-    return RankTask(
-        learners=(LearnerTask(plan=plan, checkpoints=base.child(folder).url, resume=resume),),
-        attempt=attempt,
-        hook_names=(HOOK,),
-        store=base.child("activations", STORE_ID).url,
-        profile=base.child(f"{folder}-profile.json.gz").url,
-        profile_steps=0,
+    assignment = Assignment(
+        job_id=folder, attempt=attempt, project="p", kind="train", spec={}, storage_root=base.url, input_roots=(),
+        store_id=STORE_ID,
+    )  # fmt: skip
+    plan = replace(plan, inputs=tuple(replace(hook, name=HOOK) for hook in plan.inputs))
+    checkpoints, dictionary = base.child(folder), base.child(f"{folder}-dictionary")
+    return TrainRun(
+        assignment=assignment,
+        trainings=(Training(plan=plan, checkpoints=checkpoints, dictionary=dictionary, resume=resume),),
+        store=base.child("activations", STORE_ID),
+        profile=base.child(f"{folder}-profile.json.gz"),
     )
 
 
@@ -131,7 +137,7 @@ class ProcessGang:
     def run(self, points: str = "", on_step: Callable[[int, list[int]], None] = lambda _step, _pids: None) -> Attempt:
         """One attempt, from the last checkpoint; on_step(step, pids) is told of every step that rank 0 made."""
         self.n_attempts += 1
-        task = task_for(self._root, self._folder, self._plan, self.n_attempts)
+        run = run_for(self._root, self._folder, self._plan, self.n_attempts)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -139,7 +145,7 @@ class ProcessGang:
         pipes, processes = [], []
         for rank in range(self._plan.n_ranks):
             ours, theirs = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_serve, args=(rank, task, address, points, log, theirs), daemon=True)
+            process = self._context.Process(target=_serve, args=(rank, run, address, points, log, theirs), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -18,8 +18,8 @@ from gnomon_workers.runtime.gang import Gang, lost_as_such
 from gnomon_workers.runtime.protocol import Assignment, Report
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.publishing import export
-from gnomon_workers.train.rank import LearnerTask, RankTask, TrainRank
-from gnomon_workers.train.run import TrainRun, resolve_all
+from gnomon_workers.train.rank import TrainRank
+from gnomon_workers.train.run import TrainRun, resolve
 
 SALVAGE_S: Final = 1.0
 """Longest wait for the last words of a gang's rank 0."""
@@ -27,36 +27,43 @@ SALVAGE_S: Final = 1.0
 
 def run_train(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
     """Train, evaluate and publish; every part that an earlier attempt finished is kept."""
-    runs = resolve_all(assignment)
-    done = {run.variant: record for run in runs if (record := published(run.dictionary)) is not None}
-    if len(done) < len(runs):
-        checkpoints, tokens_per_s = train_gang(runs, reporter)
-        for run, checkpoint in zip(runs, checkpoints, strict=True):
-            if run.variant not in done:
-                done[run.variant] = export(run, reporter, checkpoint, tokens_per_s=tokens_per_s)
-    first = runs[0]
+    run = resolve(assignment)
+    done = {each.variant: record for each in run.trainings if (record := published(each.dictionary)) is not None}
+    if len(done) < len(run.trainings):
+        checkpoints, tokens_per_s = train_gang(run, reporter)
+        for training, checkpoint in zip(run.trainings, checkpoints, strict=True):
+            if training.variant not in done:
+                record = export(run, training, checkpoint, reporter, tokens_per_s=tokens_per_s)
+                done[training.variant] = record
+    return _result(run, done)
+
+
+def _result(run: TrainRun, records: Mapping[str, dict[str, Any]]) -> Mapping[str, Any]:
+    """What the job answers, from the record of each variant."""
+    first = run.trainings[0]
     result = TrainResult(
         dictionary_id=first.dictionary_id,
-        store_id=assignment.store_id,
-        n_steps=first.plan.spec.n_steps,
-        metrics=done[first.variant]["metrics"],
+        store_id=run.assignment.store_id,
+        n_steps=run.plan.spec.n_steps,
+        metrics=records[first.variant]["metrics"],
         dictionaries={
-            run.variant: TrainedDictionary(dictionary_id=run.dictionary_id, metrics=done[run.variant]["metrics"])
-            for run in runs
-            if run.variant
+            each.variant: TrainedDictionary(dictionary_id=each.dictionary_id, metrics=records[each.variant]["metrics"])
+            for each in run.trainings
+            if each.variant
         },
     )
-    return {**result.model_dump(mode="json"), "records": [done[run.variant] for run in runs]}
+    return {**result.model_dump(mode="json"), "records": [records[each.variant] for each in run.trainings]}
 
 
-def train_gang(runs: Sequence[TrainRun], reporter: Reporter) -> tuple[tuple[Checkpoint, ...], float | None]:
+def train_gang(run: TrainRun, reporter: Reporter) -> tuple[tuple[Checkpoint, ...], float | None]:
     """Train from the last step of which all have a whole checkpoint to the end.
 
     Returns the final checkpoints, and the tokens that this attempt read a second.
     """
-    plan = runs[0].plan
-    reporter.phase("train", total=plan.spec.n_steps * plan.spec.batch_size, unit="tokens")
-    resume, damaged = latest_common([run.checkpoints for run in runs])
+    plan, spec = run.plan, run.plan.spec
+    folders = [each.checkpoints for each in run.trainings]
+    reporter.phase("train", total=spec.n_steps * spec.batch_size, unit="tokens")
+    resume, damaged = latest_common(folders)
     for message in damaged:
         reporter.report("log", level="warning", message=message)
     first_step = 0
@@ -64,36 +71,21 @@ def train_gang(runs: Sequence[TrainRun], reporter: Reporter) -> tuple[tuple[Chec
         first_step = resume[0].step
         attempts = " and ".join(str(attempt) for attempt in sorted({checkpoint.attempt for checkpoint in resume}))
         reporter.report("log", level="info", message=f"resuming from step {first_step} of attempt {attempts}")
-        if first_step >= plan.spec.n_steps:
+        if first_step >= spec.n_steps:
             return resume, None
-    task = _task_of(runs, resume)
+        run = run.resumed(resume)
     began = time.monotonic()
     with Gang.start(TrainRank, plan.n_ranks, env=failpoints.environment()) as gang:
-        _drive(gang, task, reporter)
-    tokens_per_s = (plan.spec.n_steps - first_step) * plan.spec.batch_size / (time.monotonic() - began)
-    return tuple(next(committed_checkpoints(run.checkpoints)) for run in runs), tokens_per_s
+        _drive(gang, run, reporter)
+    tokens_per_s = (spec.n_steps - first_step) * spec.batch_size / (time.monotonic() - began)
+    return tuple(next(committed_checkpoints(folder)) for folder in folders), tokens_per_s
 
 
-def _task_of(runs: Sequence[TrainRun], resume: tuple[Checkpoint, ...] | None) -> RankTask:
-    first = runs[0]
-    return RankTask(
-        learners=tuple(
-            LearnerTask(name=run.variant, plan=run.plan, checkpoints=run.checkpoints.url, resume=checkpoint)
-            for run, checkpoint in zip(runs, resume or [None] * len(runs), strict=True)
-        ),
-        attempt=first.assignment.attempt,
-        hook_names=first.hook_names,
-        store=first.store.location.url,
-        profile=first.profile.url,
-        profile_steps=first.spec.profile_steps or 0,
-    )
-
-
-def _drive(gang: Gang, task: RankTask, reporter: Reporter) -> None:
+def _drive(gang: Gang, run: TrainRun, reporter: Reporter) -> None:
     """Run the gang's ranks to the end, passing on what rank 0 says."""
     with lost_as_such():
         address: str = ray.get(gang.members[0].address.remote())
-    running = [member.run.remote(task, address) for member in gang.members]
+    running = [member.run.remote(run, address) for member in gang.members]
     forward = _Forwarder(gang.members[0], reporter)
     try:
         gang.watch(running, forward)

@@ -13,11 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from gnomon.errors import GnomonError
-from gnomon_storage.location import Location
 from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 from gnomon_workers.train.metrics import step_metrics
 from gnomon_workers.train.profile import StepProfile
+from gnomon_workers.train.run import Training
 from gnomon_workers.train.saving import CheckpointWriter, Saved, begin_all
 from gnomon_workers.train.step import TrainStep
 
@@ -53,64 +52,43 @@ class Observer:
         self.report("progress", done=done * batch_size, rate=rate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learner:
-    """One of the dictionaries that are trained on the same batches."""
-
-    step: TrainStep
-    checkpoints: Location
-    name: str = ""
-    """The variant's, where the job has variants."""
-
-    @property
-    def label(self) -> dict[str, str]:
-        """What reports about it carry."""
-        return {"variant": self.name} if self.name else {}
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Let an error say of which variant it is."""
-        try:
-            yield
-        except GnomonError as error:
-            if self.name:
-                error.message = f"variant {self.name!r}: {error.message}"
-            raise
-
-
 def train(
-    learners: Sequence[Learner],
+    trainings: Sequence[Training],
+    steps: Sequence[TrainStep],
     source: BatchSource,
     *,
-    first_step: int,
     attempt: int,
     observer: Observer,
     trace: StepProfile | None = None,
 ) -> None:
-    """Run steps [first_step, n_steps) of every learner and leave a checkpoint of each after the last.
+    """Make every training's steps, from where it goes on to the last, and leave a checkpoint of each after that.
 
-    Learners may differ in all but the batch size, the number of steps and how often they report and are saved.
+    steps[i] is that of trainings[i], with its checkpoint loaded. Trainings may differ in all but the batch size, the
+    number of steps and how often they report and are saved.
     """
-    plan = learners[0].step.plan
+    spec = trainings[0].plan.spec
     with ExitStack() as stack:
-        writers = [stack.enter_context(_writer(learner, attempt, observer)) for learner in learners]
-        observer.progress(first_step, plan.spec.batch_size, force=True)
-        for number in _steps(learners, source, first_step, observer, trace):
+        writers = [
+            stack.enter_context(_writer(training, step, attempt, observer))
+            for training, step in zip(trainings, steps, strict=True)
+        ]
+        observer.progress(trainings[0].first_step, spec.batch_size, force=True)
+        for number in _steps(trainings, steps, source, observer, trace):
             for writer in writers:
                 writer.check()
-            if number % plan.spec.checkpoint_every == 0 or number == plan.spec.n_steps:
+            if number % spec.checkpoint_every == 0 or number == spec.n_steps:
                 begin_all(writers, number)
-            observer.progress(number, plan.spec.batch_size, force=number == plan.spec.n_steps)
+            observer.progress(number, spec.batch_size, force=number == spec.n_steps)
         for writer in writers:
             writer.finish()
 
 
-def _writer(learner: Learner, attempt: int, observer: Observer) -> CheckpointWriter:
+def _writer(training: Training, step: TrainStep, attempt: int, observer: Observer) -> CheckpointWriter:
     def committed(saved: Saved) -> None:
         checkpoint = saved.checkpoint
         observer.report(
             "checkpoint",
-            **learner.label,
+            **training.label,
             step=checkpoint.step,
             max_alignment_deviation=checkpoint.max_alignment_deviation,
             n_bytes=checkpoint.n_bytes,
@@ -118,46 +96,44 @@ def _writer(learner: Learner, attempt: int, observer: Observer) -> CheckpointWri
             duration_s=saved.duration_s,
         )
 
-    step, folder = learner.step, learner.checkpoints
-    return CheckpointWriter(folder, step, attempt=attempt, on_commit=committed, beat=observer.beat)
+    return CheckpointWriter(training.checkpoints, step, attempt=attempt, on_commit=committed, beat=observer.beat)
 
 
 def _steps(
-    learners: Sequence[Learner],
+    trainings: Sequence[Training],
+    steps: Sequence[TrainStep],
     source: BatchSource,
-    first_step: int,
     observer: Observer,
     trace: StepProfile | None,
 ) -> Iterator[int]:
-    """Make steps [first_step, n_steps), reporting metrics; yields the number of steps made."""
-    step = learners[0].step
-    plan = step.plan
-    start, stop = step.mesh.token_range(plan.spec.batch_size)
-    device = step.parameters.W_dec.device
+    """Make the steps, reporting metrics; yields the number of steps made."""
+    first, spec = steps[0], trainings[0].plan.spec
+    start, stop = first.mesh.token_range(spec.batch_size)
+    device = first.parameters.W_dec.device
     clock = _Clock()
-    for t in range(first_step, plan.spec.n_steps):
+    for t in range(trainings[0].first_step, spec.n_steps):
         if trace is not None:
             trace.before(t)
         with clock.loading():
             x = torch.from_numpy(source.batch(t, start, stop)).to(device)
         failpoint(Failpoint.STEP_BEFORE)
         number = t + 1
-        is_logged = number % plan.spec.log_every == 0 or number == plan.spec.n_steps
-        metrics = [_learn(learner, t, x, is_logged=is_logged) for learner in learners]
+        is_logged = number % spec.log_every == 0 or number == spec.n_steps
+        metrics = [_learn(*pair, t, x, is_logged=is_logged) for pair in zip(trainings, steps, strict=True)]
         if is_logged:
-            lap = clock.lap(step)
-            for learner, measured in zip(learners, metrics, strict=True):
-                observer.report("metrics", **learner.label, **measured, **lap)
+            lap = clock.lap(first)
+            for training, measured in zip(trainings, metrics, strict=True):
+                observer.report("metrics", **training.label, **measured, **lap)
         yield number
     if trace is not None:
-        trace.finish(plan.spec.n_steps)
+        trace.finish(spec.n_steps)
 
 
-def _learn(learner: Learner, t: int, x: torch.Tensor, *, is_logged: bool) -> dict[str, Any]:
+def _learn(training: Training, step: TrainStep, t: int, x: torch.Tensor, *, is_logged: bool) -> dict[str, Any]:
     """Make one step, and measure it where that is due."""
-    with learner.named():
-        result = learner.step(t, x)
-    return step_metrics(learner.step, result, t + 1) if is_logged else {}
+    with training.named():
+        result = step(t, x)
+    return step_metrics(step, result, t + 1) if is_logged else {}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

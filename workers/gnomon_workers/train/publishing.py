@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Final
 import torch
 
 from gnomon.dictionary import load_folder
+from gnomon_storage.activations import ActivationStore
+from gnomon_storage.manifest import Manifest
 from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.dictionaries.folder import publish
 from gnomon_workers.dictionaries.saelens import saelens_config, write_sparsity
@@ -22,7 +25,7 @@ from gnomon_workers.evaluate.job import run_evaluation
 from gnomon_workers.evaluate.metrics import alignment_metrics
 from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.sae.plan import TrainPlan
-from gnomon_workers.train.run import TrainRun
+from gnomon_workers.train.run import Training, TrainRun
 
 _LABEL_LENGTH: Final = 256
 _NOT_HASHED: Final = {
@@ -32,22 +35,36 @@ _NOT_HASHED: Final = {
 _PACKAGES = ("gnomon", "torch", "ray", "transformers", "zarr", "numpy", "safetensors")
 
 
-def export(run: TrainRun, reporter: Reporter, checkpoint: Checkpoint, *, tokens_per_s: float | None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a dictionary was made by and from."""
+
+    run: TrainRun
+    training: Training
+    store: Manifest
+    """Of the activation store."""
+
+
+def export(
+    run: TrainRun, training: Training, checkpoint: Checkpoint, reporter: Reporter, *, tokens_per_s: float | None
+) -> dict[str, Any]:
     """Publish the dictionary of a finished training; returns its record.
 
     The weights are uploaded first, so that the evaluation reads what users will read; the manifest comes last.
     """
-    folder = run.dictionary.child(f"attempt-{run.assignment.attempt:04d}")
+    plan = training.plan
+    origin = _Origin(run, training, ActivationStore.open(run.store).manifest)
+    folder = training.dictionary.child(f"attempt-{run.assignment.attempt:04d}")
     with tempfile.TemporaryDirectory(prefix="gnomon-export-") as temp:
         local = Path(temp)
-        facts = write_weights(local / WEIGHTS, run.plan, checkpoint, run.checkpoints)
-        metrics: dict[str, Any] = {"dead_fraction": facts.n_dead / run.plan.d_sae}
-        _write_config(local, run, metrics)
+        facts = write_weights(local / WEIGHTS, plan, checkpoint, training.checkpoints)
+        metrics: dict[str, Any] = {"dead_fraction": facts.n_dead / plan.d_sae}
+        _write_config(local, origin, metrics)
         folder.upload(local)
         rates = {"train": tokens_per_s}
-        evaluation = run.spec.evaluation
+        evaluation = plan.spec.evaluation
         if evaluation is not None:
-            measured = run_evaluation(run.assignment, reporter, folder, evaluation, variant=run.variant)
+            measured = run_evaluation(run.assignment, reporter, folder, evaluation, variant=training.variant)
             rates["evaluate"] = measured.tokens_per_s
             write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
             metrics |= measured.metrics
@@ -55,20 +72,20 @@ def export(run: TrainRun, reporter: Reporter, checkpoint: Checkpoint, *, tokens_
         if not dictionary.cfg.is_transcoder:
             metrics["alignment"] = alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
         metrics["tokens_per_s"] = rates
-        reporter.phase("export", total=None, unit="files", variant=run.variant)
-        _write_config(local, run, metrics)
-        _write_provenance(local, run, checkpoint, metrics)
-        return publish(folder, local, _record(run, metrics))
+        reporter.phase("export", total=None, unit="files", variant=training.variant)
+        _write_config(local, origin, metrics)
+        _write_provenance(local, origin, checkpoint, metrics)
+        return publish(folder, local, _record(plan, metrics))
 
 
-def _record(run: TrainRun, metrics: dict[str, Any]) -> dict[str, Any]:
+def _record(plan: TrainPlan, metrics: dict[str, Any]) -> dict[str, Any]:
     """The fields of resources.Dictionary that the job determines."""
     return {
-        "hook_name": _hook_label(run.plan),
-        "d_in": run.plan.d_in,
-        "d_sae": run.plan.d_sae,
-        "activation": run.plan.spec.activation.kind,
-        "alignment": run.plan.spec.alignment,
+        "hook_name": _hook_label(plan),
+        "d_in": plan.d_in,
+        "d_sae": plan.d_sae,
+        "activation": plan.spec.activation.kind,
+        "alignment": plan.spec.alignment,
         "metrics": metrics,
     }
 
@@ -80,8 +97,8 @@ def _hook_label(plan: TrainPlan) -> str:
     return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 3]}..."
 
 
-def _write_config(local: Path, run: TrainRun, metrics: dict[str, Any]) -> None:
-    harvest = run.store.manifest.spec
+def _write_config(local: Path, origin: _Origin, metrics: dict[str, Any]) -> None:
+    plan, harvest = origin.training.plan, origin.store.spec
     metadata = {
         "model_name": harvest["model"]["source"],
         "model_revision": harvest["model"].get("revision"),
@@ -90,53 +107,53 @@ def _write_config(local: Path, run: TrainRun, metrics: dict[str, Any]) -> None:
         "prepend_bos": bool(harvest["packing"].get("bos", harvest["packing"].get("special_tokens", False))),
         "exclude_special_tokens": harvest["drop"]["special_tokens"],
         "l0": metrics.get("l0"),
-        "num_dead_features": round(metrics["dead_fraction"] * run.plan.d_sae),
+        "num_dead_features": round(metrics["dead_fraction"] * plan.d_sae),
         "gnomon": {
             "version": version("gnomon"),
-            "job_id": run.assignment.job_id,
-            "dictionary_id": run.dictionary_id,
-            "variant": run.variant or None,
-            "store_id": run.assignment.store_id,
-            "alignment": run.plan.spec.alignment,
-            "seed": run.plan.spec.seed,
-            "config_hash": config_hash(run),
+            "job_id": origin.run.assignment.job_id,
+            "dictionary_id": origin.training.dictionary_id,
+            "variant": origin.training.variant or None,
+            "store_id": origin.run.assignment.store_id,
+            "alignment": plan.spec.alignment,
+            "seed": plan.spec.seed,
+            "config_hash": config_hash(origin.run.assignment.store_id, plan),
         },
     }
-    config = saelens_config(run.plan, metadata)
+    config = saelens_config(plan, metadata)
     (local / "cfg.json").write_text(json.dumps(config, indent=1))
 
 
-def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metrics: dict[str, Any]) -> None:
+def _write_provenance(local: Path, origin: _Origin, checkpoint: Checkpoint, metrics: dict[str, Any]) -> None:
     """runner_cfg.json: everything needed to make the dictionary again."""
-    manifest = run.store.manifest
+    plan, store = origin.training.plan, origin.store
     provenance = {
-        "job_id": run.assignment.job_id,
-        "attempt": run.assignment.attempt,
-        "variant": run.variant or None,
+        "job_id": origin.run.assignment.job_id,
+        "attempt": origin.run.assignment.attempt,
+        "variant": origin.training.variant or None,
         "created_at": datetime.now(UTC).isoformat(),
-        "config_hash": config_hash(run),
-        "train": run.spec.model_dump(mode="json"),
-        "harvest": manifest.spec,
+        "config_hash": config_hash(origin.run.assignment.store_id, plan),
+        "train": plan.spec.model_dump(mode="json"),
+        "harvest": store.spec,
         "store": {
-            "id": manifest.store_id,
-            "n_rows": manifest.n_rows,
-            "n_held_out_rows": manifest.n_held_out_rows,
-            "model": manifest.model,
-            "tokenizer": manifest.tokenizer,
-            "text": manifest.text,
-            "versions": manifest.versions,
+            "id": store.store_id,
+            "n_rows": store.n_rows,
+            "n_held_out_rows": store.n_held_out_rows,
+            "model": store.model,
+            "tokenizer": store.tokenizer,
+            "text": store.text,
+            "versions": store.versions,
         },
         "resolved": {
-            "d_in": run.plan.d_in,
-            "d_sae": run.plan.d_sae,
-            "lr": run.plan.lr,
-            "n_steps": run.plan.spec.n_steps,
-            "warmup_steps": run.plan.spec.warmup_steps,
-            "mesh": {"dp": run.plan.mesh.dp, "features": run.plan.mesh.features},
-            "d_out": run.plan.d_out,
-            "input_scales": {hook.name: hook.scale for hook in run.plan.hooks},
-            "seed": run.plan.spec.seed,
-            "data_seed": run.plan.data_seed,
+            "d_in": plan.d_in,
+            "d_sae": plan.d_sae,
+            "lr": plan.lr,
+            "n_steps": plan.spec.n_steps,
+            "warmup_steps": plan.spec.warmup_steps,
+            "mesh": {"dp": plan.mesh.dp, "features": plan.mesh.features},
+            "d_out": plan.d_out,
+            "input_scales": {hook.name: hook.scale for hook in plan.hooks},
+            "seed": plan.spec.seed,
+            "data_seed": plan.data_seed,
         },
         "checkpoint": {"step": checkpoint.step, "max_alignment_deviation": checkpoint.max_alignment_deviation},
         "metrics": metrics,
@@ -145,10 +162,10 @@ def _write_provenance(local: Path, run: TrainRun, checkpoint: Checkpoint, metric
     (local / "runner_cfg.json").write_text(json.dumps(provenance, indent=1))
 
 
-def config_hash(run: TrainRun) -> str:
+def config_hash(store_id: str, plan: TrainPlan) -> str:
     """SHA-256 of what determines the dictionary: the store and the spec, without the mesh and the reporting."""
-    spec = run.spec.model_dump(mode="json", exclude=_NOT_HASHED)
-    if run.plan.data_seed != run.plan.spec.seed:
-        spec["data_seed"] = run.plan.data_seed
-    text = json.dumps({"store_id": run.assignment.store_id, "spec": spec}, sort_keys=True)
+    spec = plan.spec.model_dump(mode="json", exclude=_NOT_HASHED)
+    if plan.data_seed != plan.spec.seed:
+        spec["data_seed"] = plan.data_seed
+    text = json.dumps({"store_id": store_id, "spec": spec}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

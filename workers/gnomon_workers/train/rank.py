@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
@@ -15,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from gnomon_storage.activations import ActivationStore
-from gnomon_storage.location import Location
-from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.answers import answers
@@ -28,8 +25,9 @@ from gnomon_workers.sae.init import initial_b_dec
 from gnomon_workers.sae.parameters import make_parameters
 from gnomon_workers.sae.plan import TrainPlan, scale_of
 from gnomon_workers.sae.variants import make_variant
-from gnomon_workers.train.loop import Learner, Observer, train
+from gnomon_workers.train.loop import Observer, train
 from gnomon_workers.train.profile import StepProfile
+from gnomon_workers.train.run import Training, TrainRun
 from gnomon_workers.train.sources import JointReader
 from gnomon_workers.train.state import load_checkpoint
 from gnomon_workers.train.step import TrainStep
@@ -40,36 +38,6 @@ FIRST_SAMPLE: Final = 65_536
 """Activations that b_dec is initialised from, at most."""
 FIRST_SAMPLE_BYTES: Final = 128 << 20
 """What they take at most as float32: every rank reads them, however small its shard."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerTask:
-    """One of the dictionaries that a gang trains."""
-
-    plan: TrainPlan
-    checkpoints: str
-    """URL of the folder of its checkpoints."""
-    resume: Checkpoint | None
-    """Of the same step for all."""
-    name: str = ""
-    """The variant's, where the job has variants."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankTask:
-    """What every rank of a gang is told; the same for all."""
-
-    learners: tuple[LearnerTask, ...]
-    """At least one; their plans differ in what a variant may change."""
-    attempt: int
-    hook_names: tuple[str, ...]
-    """Hooks whose activations are joined into the rows that are read."""
-    store: str
-    """URL of the activation store."""
-    profile: str
-    """URL of the trace that rank 0 writes."""
-    profile_steps: int
-    """Steps to trace; 0 for none."""
 
 
 class TrainRank:
@@ -100,49 +68,47 @@ class TrainRank:
         return self._reporter.after(after)
 
     @answers
-    def run(self, task: RankTask, address: str) -> None:
+    def run(self, run: TrainRun, address: str) -> None:
         """Train to the end."""
         with self._lock:
-            self._run(task, address)
+            self._run(run, address)
             # after an error the group stays: without it the others would fail as well, and might be heard first
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def _run(self, task: RankTask, address: str) -> None:
+    def _run(self, run: TrainRun, address: str) -> None:
         failpoints.failpoint(Failpoint.RUN_START)
-        plan = task.learners[0].plan
+        plan = run.plan
         device = own_device()
         mesh = join_mesh(plan, rank=self._rank, address=address, device=device)
-        store = ActivationStore.open(Location.open(task.store))
+        store = ActivationStore.open(run.store)
         store.verify(part=self._rank, n_parts=mesh.size("world"))
         mesh.barrier()  # nobody trains on a store of which another found a part damaged
         self._beat()
-        with JointReader(store, task.hook_names, seed=plan.data_seed, batch_size=plan.spec.batch_size) as reader:
+        with JointReader(store, run.hook_names, seed=plan.data_seed, batch_size=plan.spec.batch_size) as reader:
             sample = reader.first_sample(n_first_samples(plan))
-            learners = [self._make_learner(learner, mesh, sample, device) for learner in task.learners]
-            resume = task.learners[0].resume
-            first_step = resume.step if resume else 0
-            n_traced = task.profile_steps if self._rank == 0 else 0
+            steps = [self._make_step(training, mesh, sample, device) for training in run.trainings]
+            first_step = run.trainings[0].first_step
+            n_traced = (plan.spec.profile_steps or 0) if self._rank == 0 else 0
             train(
-                learners,
+                run.trainings,
+                steps,
                 reader,
-                first_step=first_step,
-                attempt=task.attempt,
+                attempt=run.assignment.attempt,
                 observer=Observer(report=self._report, beat=self._beat),
-                trace=StepProfile(Location.open(task.profile), n_traced, first_step=first_step, report=self._report),
+                trace=StepProfile(run.profile, n_traced, first_step=first_step, report=self._report),
             )
         failpoints.failpoint(Failpoint.RUN_END)
 
-    def _make_learner(
-        self, task: LearnerTask, mesh: ProcessMesh, sample: np.ndarray[Any, np.dtype[Any]], device: torch.device
-    ) -> Learner:
-        """A dictionary at its beginning, or as a checkpoint has it."""
-        step = make_step(task.plan, mesh, sample, device)
-        checkpoints = Location.open(task.checkpoints)
-        if task.resume is not None:
-            load_checkpoint(checkpoints, task.resume, step)
+    def _make_step(
+        self, training: Training, mesh: ProcessMesh, sample: np.ndarray[Any, np.dtype[Any]], device: torch.device
+    ) -> TrainStep:
+        """The step of a dictionary at its beginning, or as a checkpoint has it."""
+        step = make_step(training.plan, mesh, sample, device)
+        if training.resume is not None:
+            load_checkpoint(training.checkpoints, training.resume, step)
         self._beat()
-        return Learner(name=task.name, step=step, checkpoints=checkpoints)
+        return step
 
     def _report(self, kind: Any, **data: Any) -> None:
         if self._rank == 0:

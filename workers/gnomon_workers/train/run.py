@@ -1,76 +1,113 @@
-"""A train job resolved against its store and the cluster: what the parts of the job are told, for each dictionary."""
+"""A train job resolved against its store and the cluster: what all parts of the job are told, and all of its ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
-from gnomon.errors import InvalidRequest
+from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
+from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, dictionary_ids
 from gnomon_workers.sae.plan import HookRows, TrainPlan, choose_mesh, make_hook, make_joint_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """One dictionary that a job trains: the only one, or one of its variants."""
+
+    plan: TrainPlan
+    checkpoints: Location
+    """Folder of its checkpoints, those of all attempts."""
+    dictionary: Location
+    """Folder of the dictionary that is published, with one folder for each attempt that got so far."""
+    variant: str = ""
+    """Its name among the job's variants; empty where there are none."""
+    resume: Checkpoint | None = None
+    """What it goes on from; of the same step for all that are trained together."""
+
+    @property
+    def dictionary_id(self) -> str:
+        """Id of the dictionary that is published."""
+        return self.dictionary.name
+
+    @property
+    def first_step(self) -> int:
+        """The step that it goes on with."""
+        return self.resume.step if self.resume is not None else 0
+
+    @property
+    def label(self) -> dict[str, str]:
+        """What reports about it carry."""
+        return {"variant": self.variant} if self.variant else {}
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let an error say of which variant it is."""
+        try:
+            yield
+        except GnomonError as error:
+            if self.variant:
+                error.message = f"variant {self.variant!r}: {error.message}"
+            raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRun:
-    """One dictionary of an attempt at a train job, with its spec resolved."""
+    """One attempt at a train job."""
 
     assignment: Assignment
-    variant: str
-    """Its name among the job's variants; empty where there are none."""
-    dictionary_id: str
-    spec: TrainSpec
-    """As if it were trained alone."""
-    store: ActivationStore
-    plan: TrainPlan
-    root: Location
+    trainings: tuple[Training, ...]
+    """At least one; their plans differ in what a variant may change."""
+    store: Location
+    """The activation store that is read."""
+    profile: Location
+    """The trace that rank 0 writes, where the job asks for one."""
+
+    @property
+    def plan(self) -> TrainPlan:
+        """The first training's, for what all of them share: batches, steps, mesh, hooks and the order of the data."""
+        return self.trainings[0].plan
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Hooks whose activations are read, joined in this order."""
+        """Hooks whose activations are joined, in this order, into the rows that are read."""
         return tuple(hook.name for hook in self.plan.hooks)
 
-    @property
-    def checkpoints(self) -> Location:
-        """Checkpoints of all attempts of the job; of each variant by themselves."""
-        folder = self.root.child("checkpoints", self.assignment.job_id)
-        return folder.child(self.variant) if self.variant else folder
-
-    @property
-    def profile(self) -> Location:
-        """The trace of this attempt, where the job asks for one."""
-        return self.root.child("profiles", self.assignment.job_id, f"attempt-{self.assignment.attempt:04d}.json.gz")
-
-    @property
-    def dictionary(self) -> Location:
-        """Folder of the dictionary that is published, with one folder for each attempt that got so far."""
-        return self.root.child("dictionaries", self.dictionary_id)
+    def resumed(self, checkpoints: Sequence[Checkpoint]) -> TrainRun:
+        """The same run, going on from checkpoints of one step, one for each training."""
+        trainings = [replace(t, resume=checkpoint) for t, checkpoint in zip(self.trainings, checkpoints, strict=True)]
+        return replace(self, trainings=tuple(trainings))
 
 
-def resolve_all(assignment: Assignment) -> tuple[TrainRun, ...]:
-    """Resolve a train job against its store and the cluster: a run for each variant, or one."""
+def resolve(assignment: Assignment) -> TrainRun:
+    """Resolve a train job against its store and the cluster, with a training for each variant, or one."""
     spec = TrainSpec.model_validate(assignment.spec)
     root = Location.open(assignment.storage_root)
-    store = ActivationStore.open(root.child("activations", assignment.store_id))
-    inputs, target = hooks_of(spec, store)
+    store = root.child("activations", assignment.store_id)
+    inputs, target = hooks_of(spec, ActivationStore.open(store))
     mesh = _mesh_of(spec, spec.resolve_d_sae(sum(hook.width for hook in inputs)))
+    checkpoints = root.child("checkpoints", assignment.job_id)
     assert assignment.dictionary_id is not None
     names, specs = spec.variant_names, spec.variant_specs()
-    return tuple(
-        TrainRun(
-            assignment=assignment,
-            variant=name,
-            dictionary_id=dictionary_id,
-            spec=its_spec,
-            store=store,
-            plan=make_joint_plan(its_spec, inputs=inputs, target=target, mesh=mesh),
-            root=root,
-        )
-        for name, dictionary_id, its_spec in zip(
-            names, dictionary_ids(assignment.dictionary_id, len(names)), specs, strict=True
-        )
+    ids = dictionary_ids(assignment.dictionary_id, len(names))
+    return TrainRun(
+        assignment=assignment,
+        trainings=tuple(
+            Training(
+                plan=make_joint_plan(its_spec, inputs=inputs, target=target, mesh=mesh),
+                checkpoints=checkpoints.child(name) if name else checkpoints,
+                dictionary=root.child("dictionaries", dictionary_id),
+                variant=name,
+            )
+            for name, dictionary_id, its_spec in zip(names, ids, specs, strict=True)
+        ),
+        store=store,
+        profile=root.child("profiles", assignment.job_id, f"attempt-{assignment.attempt:04d}.json.gz"),
     )
 
 
