@@ -99,7 +99,7 @@ class RayCluster:
             self._answering(lambda: ray.kill(supervisor))
 
     def snapshot(self) -> ClusterSnapshot:
-        """What the cluster has."""
+        """Cores, GPUs and nodes of the cluster, whoever uses them now."""
         devices = self._answering(Devices.of_cluster)
         nodes = self._answering(ray.nodes)
         return ClusterSnapshot(

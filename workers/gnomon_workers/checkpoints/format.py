@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A committed checkpoint."""
+    """A committed checkpoint: which step of which attempt, and the files that hold it."""
 
     step: int
     """Optimizer steps made."""

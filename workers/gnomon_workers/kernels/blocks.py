@@ -28,7 +28,7 @@ BLOCK_BYTES: Final = 1 << 19
 
 
 class BlockedUpdate:
-    """Keeps the buffers that a step needs."""
+    """Moves the features of one shard block by block; keeps the buffers from step to step, as allocating costs more."""
 
     def __init__(self, parameters: Parameters, optimizer: AdamState, alignment: Alignment) -> None:
         self._parameters = parameters
@@ -58,9 +58,11 @@ class BlockedUpdate:
         for start, stop, first, last in self._touched_blocks(segments):
             features, picks = segments.touched[start:stop], slice(first, last)
             offsets = segments.offsets[start : stop + 1] - first
+            # blocks end between features and picks are in token order: the size of blocks changes no bit of these
             h = bag_sums(sparse.residual_gradients, rows[picks], weights[0][picks], offsets)
             g = bag_sums(sparse.encoder_inputs, segments.tokens[picks], weights[1][picks], offsets)
             w = params.W_enc_rows.index_select(0, features)
+            # the one sum over features: its rounding follows the blocks, whose size must depend on shapes alone
             through_encoder.addmv_(w.t(), pulls[start:stop])
             self._project(g, h, w, features)
             self._decoder[start:stop] = h
@@ -116,6 +118,7 @@ class BlockedUpdate:
             if clip_scale != 1:
                 grad.mul_(clip_scale)
             if n_touched < n_rows:
+                # features without a gradient move too: their moments decay, and what is left of those moves them
                 block = block[:n_rows].zero_()
                 grad = block.index_copy_(0, gradients.touched[touched] - rows.start, grad)
             grads.append(grad)
@@ -146,6 +149,6 @@ class BlockedUpdate:
 
 
 def _square_sums(rows: Tensor) -> Tensor:
-    """Of every row, float64."""
+    """(rows,) sums of squares in float64: as float32, a sum over 1e5 rows would lose the small ones."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms.double().square()

@@ -28,7 +28,7 @@ class ReferenceKernels:
         return Candidates(tokens=tokens, features=features, values=hidden_pre[mask])
 
     def group_maxima(self, values: Tensor, width: int) -> Tensor:
-        """As a dense maximum."""
+        """A dense maximum over neighbours."""
         return values.view(len(values), -1, width).amax(2)
 
     def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class ReferenceKernels:
         return (residual_gradients @ W_dec.t())[picks.token_indices(), picks.features]
 
     def weight_update(self, parameters: Parameters, optimizer: AdamState, alignment: Alignment) -> ReferenceUpdate:
-        """All features at once."""
+        """An update that moves all features at once, by dense products."""
         return ReferenceUpdate(parameters, optimizer, alignment)
 
 

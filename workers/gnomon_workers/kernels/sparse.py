@@ -17,11 +17,11 @@ class SparseKernels:
     """Group maxima, embedding bags, sampled products, and an update that goes through the features in blocks."""
 
     def local_topk(self, pre: PreActivations, k: int) -> Candidates:
-        """Through the maxima of groups."""
+        """Entries of the groups whose maximum reaches a bound, cut exactly among those."""
         return local_topk(GroupedRows(pre.dense(), k), k)
 
     def group_maxima(self, values: Tensor, width: int) -> Tensor:
-        """By PyTorch."""
+        """One scan by PyTorch, as integers where that is faster."""
         return group_maxima(values, width)
 
     def decode(self, picks: Picks, W_dec: Tensor) -> Tensor:
@@ -33,5 +33,5 @@ class SparseKernels:
         return activation_gradients(picks, residual_gradients, W_dec)
 
     def weight_update(self, parameters: Parameters, optimizer: AdamState, alignment: Alignment) -> BlockedUpdate:
-        """Blocks of rows."""
+        """An update that goes through the features in blocks that fit in the cache."""
         return BlockedUpdate(parameters, optimizer, alignment)

@@ -65,7 +65,7 @@ class TritonKernels:
         return aligned_gradients(picks, sparse.encoder_inputs, sparse.residual_gradients, W_enc_rows, W_dec, rule)
 
     def weight_update(self, parameters: Parameters, optimizer: AdamState, alignment: Alignment) -> TritonUpdate:
-        """One program for each feature."""
+        """An update with one program for each feature, so that every sum has one order."""
         return TritonUpdate(self, parameters, optimizer, alignment)
 
     def update(

@@ -186,7 +186,7 @@ class AdamStep:
     """What one step of Adam needs besides the tensors."""
 
     number: int
-    """From 1."""
+    """Number of the step, counted from 1 as Adam's bias correction wants it."""
     lr: float
     beta1: float
     beta2: float

@@ -28,7 +28,7 @@ class Done(Generic[T_co]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """An error of the job's own."""
+    """Work that was not done, for a reason that would be there again on another machine."""
 
     status: int
     code: str

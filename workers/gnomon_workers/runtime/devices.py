@@ -39,7 +39,7 @@ class Devices:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same as options of an actor."""
+        """The same as the options of an actor that Ray starts within such a bundle."""
         return {"num_cpus": 1, "num_gpus": 1 if self.use_gpu else 0}
 
     def __str__(self) -> str:

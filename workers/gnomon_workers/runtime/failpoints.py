@@ -34,7 +34,7 @@ class Failpoint(StrEnum):
     LOAD_CHECKPOINT = "checkpoint.load"
     """Between two tensors of a checkpoint that is being loaded."""
     STEP_BEFORE = "step.before"
-    """The batch is read."""
+    """The batch is read, and nothing of the step is done."""
     STEP_BEFORE_UPDATE = "step.before_update"
     """Gradients are there, and nothing has changed."""
     COPY_BEFORE = "checkpoint.before_copy"

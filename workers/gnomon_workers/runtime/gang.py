@@ -50,6 +50,7 @@ class Gang:
         Raises WorkerLost when the cluster cannot place them within PLACEMENT_DEADLINE_S.
         """
         devices = Devices.of_cluster()
+        # all or none: two gangs that each held half of the devices would wait for each other for ever
         group = placement_group([devices.of_member for _ in range(n_members)], strategy="PACK")
         if not group.wait(PLACEMENT_DEADLINE_S):
             remove_placement_group(group)
@@ -109,6 +110,7 @@ class Gang:
         now = time.monotonic()
         for index, member in enumerate(self.members):
             beat, sent = self._asked.get(index, (None, 0.0))
+            # one question under way a member: more would only queue up behind one that is stopped
             if beat is None:
                 self._asked[index] = (member.beat.remote(), now)
             elif now - sent > BEAT_EVERY_S and ray.wait([beat], timeout=0)[0]:

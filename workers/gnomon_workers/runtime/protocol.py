@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Protocol
 
 ReportKind = Literal["phase", "progress", "metrics", "checkpoint", "profile", "segment", "log"]
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
-"""Of ids."""
+"""Digits of ids: Crockford's base 32 without i, l, o and u, which are read as other digits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,4 +107,4 @@ class Cluster(Protocol):
         """End an attempt at once and free all it holds; harmless if it is gone."""
 
     def snapshot(self) -> ClusterSnapshot:
-        """What the cluster has."""
+        """Cores, GPUs and nodes of the cluster, whoever uses them now."""

@@ -39,7 +39,7 @@ class Parameters:
 
     @property
     def n_local(self) -> int:
-        """Features of this shard."""
+        """Features that this rank holds: d_sae over the number of shards."""
         return self.W_dec.shape[0]
 
     @property

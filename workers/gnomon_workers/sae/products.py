@@ -47,7 +47,7 @@ class RowGradients:
 
 
 class WeightUpdate(Protocol):
-    """Moves the features of one shard."""
+    """Sums the gradients of one shard's features and moves them, keeping the buffers that this takes."""
 
     def gradients(
         self, sparse: SparseGradient, segments: FeatureSegments, vectors: dict[str, Tensor], projections: Tensor

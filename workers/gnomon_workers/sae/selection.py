@@ -42,7 +42,7 @@ class Candidates:
         return type(self)(tokens=self.tokens[mask], features=self.features[mask], values=self.values[mask])
 
     def picks(self, n_tokens: int) -> Picks:
-        """The same as rows of picks."""
+        """These entries as the picks of n_tokens tokens."""
         counts = self.counts if self.counts is not None else torch.bincount(self.tokens, minlength=n_tokens)
         offsets = offsets_of(counts)
         return Picks(features=self.features, values=self.values, offsets=offsets, tokens=self.tokens)
@@ -91,6 +91,7 @@ class GroupedRows:
 
     def reaching(self, bounds: Tensor) -> Candidates:
         """Entries >= the bound of their row, (tokens, 1), and above the floor."""
+        # a bound of 0 would let in entries that are not active, and whole groups of which no maximum is known
         bounds = bounds.clamp_min(self._floor).to(self.values.dtype)
         groups = true_indices(self.maxima >= bounds)
         if self.width == 1:
@@ -134,4 +135,5 @@ def keep_largest(rows: Tensor, k: int) -> Tensor:
     """Mask of the k largest entries of every row, ties to the first."""
     cut = kth_largest(rows, k).to(rows.dtype)
     larger, tied = rows > cut, rows == cut
+    # columns ascend with the index, so that counting from the left gives ties to the lowest one
     return larger | (tied & (tied.cumsum(1) <= k - larger.sum(1, keepdim=True)))

@@ -41,7 +41,7 @@ class Picks:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the batch."""
+        """Tokens of the batch, those without an active feature included."""
         return len(self.offsets) - 1
 
     def token_indices(self) -> Tensor:

@@ -45,7 +45,7 @@ def exchange(local: SparseGradient, encoder_inputs: Callable[[], Tensor], mesh: 
     """The sparse gradient of the whole batch, in token order; the input itself where there is one replica."""
     if mesh.dp == 1:
         return local
-    names = sorted(local.vector_gradients)
+    names = sorted(local.vector_gradients)  # columns in the same order on every replica
     columns = [local.values, local.gradients, *(local.vector_gradients[name] for name in names)]
     # rows of a token lie together, so the replicas' rows follow each other as their tokens do
     rows = local.rows + mesh.replica * len(local.residual_gradients)

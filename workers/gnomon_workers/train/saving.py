@@ -55,7 +55,7 @@ class _Copy:
 
     file: Path
     checkpoint: Checkpoint
-    """Without shards."""
+    """What will be committed, still without its shards: other ranks' are not known yet."""
     n_bytes: int
     began: float
     copy_s: float
@@ -113,7 +113,7 @@ class CheckpointWriter:
         checkpoint = Checkpoint(
             step=number,
             attempt=self._attempt,
-            state=dict(self._step.state),
+            state=dict(self._step.state),  # a copy: by the time of the commit, training is steps ahead
             max_alignment_deviation=deviation,
             shards=(),
         )
@@ -156,6 +156,7 @@ class CheckpointWriter:
         place = self._folder.child(copy.checkpoint.name)
         mesh = self._mesh
         try:
+            # before the upload: what is uploaded must be what was read here, whatever the store makes of it
             receipt = self._receipt(copy)
             if mesh.replica == 0:
                 with failing_during(Failpoint.UPLOAD_DURING):
@@ -163,6 +164,7 @@ class CheckpointWriter:
         finally:
             copy.file.unlink(missing_ok=True)
         failpoint(Failpoint.UPLOAD_AFTER)
+        # after the upload: rank 0 takes a receipt for the word that the shard is there
         name = _receipt_name(mesh.shard, mesh.features, mesh.replica)
         if not place.child(name).create_json(receipt):
             raise Conflict(f"{place.child(name).url} is there already: two gangs work at one attempt; one must end")

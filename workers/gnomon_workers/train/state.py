@@ -51,16 +51,16 @@ class _SharedRows:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the whole."""
+        """Shape of the whole moment, of all replicas' parts."""
         return torch.Size([self._n_local, *self._own.shape[1:]])
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the part."""
+        """dtype of the moment, that of this replica's part."""
         return self._own.dtype
 
     def pieces(self) -> Iterator[Tensor]:
-        """Collective over replicas."""
+        """The moment's rows in order, piece by piece; collective over replicas, which all must ask alike."""
         for replica in range(self._mesh.dp):
             n_rows = len(owned_rows(self._n_local, replica, self._mesh.dp))
             is_mine = replica == self._mesh.replica

@@ -41,7 +41,7 @@ class StepResult:
     loss: float
     """Mean over tokens of |x - x_hat|^2, in units of normalised inputs; without penalties."""
     objective: float
-    """What was minimised."""
+    """What was minimised: the loss with all penalties, by their coefficients."""
     parts: dict[str, float]
     """Parts of the objective that the variant has, by name: "aux_loss", "penalty"."""
     grad_norm: float
@@ -83,6 +83,8 @@ class TrainStep:
         """
         encoder_inputs, targets = self._inputs_and_targets(x)
         clock = self.mesh.clock
+        # before anything waits, so that the inputs travel beside the encoder's product; all ranks begin collectives in
+        # one order, or they would wait for each other for ever
         all_inputs = start_inputs(encoder_inputs, self.mesh) if self._exchanges_batch else None
         with clock.section("sparse"):
             terms = self.variant.terms(self._batch(step, encoder_inputs, targets))
@@ -99,6 +101,7 @@ class TrainStep:
         with clock.section("optimizer"):
             lr = self._update(step, gradients, grad_norm)
             self._count(fired)
+        # after all that can raise: weights of one step beside the running numbers of the next would be saved as one
         self.state = terms.state
         return StepResult(
             loss=loss,
@@ -118,6 +121,7 @@ class TrainStep:
         """What is encoded and what is to be decoded; the same tensor, but for a transcoder."""
         scaled = x * self._scale
         if self.plan.target is None:
+            # in place, for `scaled` is this step's own: x may be a buffer of the reader
             inputs = scaled.sub_(self.parameters.b_dec)
             return inputs, inputs
         # b_dec belongs to the target's space, so the encoder sees the input as it is
@@ -143,6 +147,7 @@ class TrainStep:
     ) -> tuple[RowGradients, Tensor]:
         """Gradients over all replicas and the features that fired, from picks."""
         sparse = exchange(local, all_inputs, self.mesh) if all_inputs is not None else local
+        # by feature, and within one by token: the order of every sum over picks, whatever mesh the picks came from
         segments = sort_by_feature(sparse.features, sparse.tokens)
         gradients = self._gradients(sparse, segments)
         fired = sparse.fired(segments.touched)
@@ -183,6 +188,7 @@ class TrainStep:
         total = self.mesh.all_reduce(torch.stack(list(sums.values())), "dp")
         squares = gradients.square_sums()
         squares["b_dec"] = squares["b_dec"] / self.mesh.features
+        # squares travel and the root is taken once: every rank clips by the same bits
         square = self.mesh.all_reduce(torch.stack(list(squares.values())).sum(), "features")
         *numbers, grad_norm = torch.cat([total, square.sqrt()[None]]).tolist()
         return dict(zip(sums, numbers, strict=True)), grad_norm

@@ -14,7 +14,7 @@ __all__ = ["Batch", "Setting", "Terms", "Variant", "make_variant"]
 
 
 def make_variant(activation: Activation, setting: Setting) -> Variant:
-    """The variant of an activation."""
+    """The activation and loss that a spec names, with what the run fixes of them."""
     match activation:
         case TopK():
             return TopKVariant(activation, setting)

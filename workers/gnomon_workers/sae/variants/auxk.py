@@ -21,7 +21,7 @@ from gnomon_workers.sae.variants.base import Batch, Setting, Terms, float32_valu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Auxiliary:
-    """The auxiliary loss of one run."""
+    """The auxiliary loss of one run: dead features reconstruct what the active ones left over."""
 
     coefficient: float
     k: int

@@ -42,7 +42,7 @@ class Batch:
     """What a variant is given at a step; tokens are those of this replica."""
 
     step: int
-    """From 0."""
+    """Number of the step, counted from 0."""
     pre: PreActivations
     encoder_inputs: Tensor
     """(tokens, d_in)"""
@@ -69,18 +69,18 @@ class Terms:
     """What a variant makes of a batch."""
 
     gradient: SparseGradient | DenseGradient
-    """Of this replica's tokens."""
+    """Sums over the tokens of this replica alone; the step adds up those of all."""
     n_active: int
     """Active (token, feature) pairs of this rank."""
     sums: dict[str, Tensor]
     """Float64 scalars, complete over shards, that add up over replicas: "loss", the mean of |x - x_hat|^2; the
     "objective" that is minimised; and parts of it by name."""
     state: dict[str, float]
-    """Running numbers after this step."""
+    """Running numbers after this step, which take effect only if the step is made."""
 
 
 class Variant(Protocol):
-    """One activation and its loss."""
+    """An activation and its loss: which features are active, and the gradients of what is minimised."""
 
     def initial_vectors(self) -> dict[str, float]:
         """Per-feature parameters besides b_enc, with the value each starts from."""
@@ -102,11 +102,11 @@ class PlainVariant:
     """The common case: no vectors, no running numbers, and a bias whose gradient is the projection's."""
 
     def initial_vectors(self) -> dict[str, float]:
-        """None."""
+        """No parameters beside W_enc, W_dec, b_enc and b_dec."""
         return {}
 
     def initial_state(self) -> dict[str, float]:
-        """None."""
+        """Nothing that a step takes over from the one before, and a checkpoint would have to hold."""
         return {}
 
     def projection_gradients(self, grads: dict[str, Tensor], parameters: Parameters) -> Tensor:  # noqa: ARG002

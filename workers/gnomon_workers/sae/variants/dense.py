@@ -37,7 +37,7 @@ MIN_WIDTH: Final = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """Gradients of a block of features."""
+    """What one block of features adds to the gradients, as the factors of its products."""
 
     activations: Tensor
     """(tokens, width): the weights of the decoder's rows, as they were decoded."""
@@ -105,7 +105,7 @@ class Reconstruction:
     sums: dict[str, Tensor]
     """As the rule's, complete over shards."""
     n_active: int
-    """Of this rank."""
+    """Active (token, feature) pairs of this rank."""
     fired: Tensor
     """(n_local,) bool"""
 

@@ -52,7 +52,7 @@ class GatedVariant:
         self._warmup_steps = penalty_warmup(activation.warmup_steps, setting)
 
     def initial_vectors(self) -> dict[str, float]:
-        """Gate and magnitude start equal."""
+        """The gate's bias and the magnitude's rescaling, both 0, so that gate and magnitude start equal."""
         return {"b_gate": 0.0, "r_mag": 0.0}
 
     def initial_state(self) -> dict[str, float]:
@@ -92,7 +92,7 @@ class GatedVariant:
         )
 
     def _dense_terms(self, batch: Batch, coefficient: float) -> Terms:
-        """The same terms from matrices."""
+        """The terms of a batch from matrices, while most features are active."""
         blocks = GatedBlocks(batch.parameters, coefficient / self._batch_size)
         found = reconstruct(blocks, batch)
         loss, aux_loss = (square / self._batch_size for square in found.squares)
@@ -140,7 +140,7 @@ class GatedBlocks:
         return where_positive(pre.relu(), gates), gates
 
     def sums(self, activations: tuple[Tensor, ...], features: slice) -> dict[str, Tensor]:  # noqa: ARG002
-        """The penalty on gates."""
+        """The penalty on the gates of these features, one float64 scalar."""
         return {"gates": activations[1].sum(0).sum(dtype=torch.float64)}
 
     def pulled(self, pre: Tensor, features: slice, pulls: Sequence[Tensor]) -> Pulled:

@@ -64,7 +64,7 @@ class JumpReLUVariant(PlainVariant):
         return {DENSITY: 1.0}
 
     def select(self, batch: Batch) -> Picks:
-        """What exceeds its threshold."""
+        """Every feature whose pre-activation exceeds its threshold."""
         thresholds = batch.parameters.vectors["log_threshold"].exp()
         return picks_where(batch.hidden_pre, batch.hidden_pre > thresholds)
 
@@ -99,7 +99,7 @@ class JumpReLUVariant(PlainVariant):
         )
 
     def _dense_terms(self, batch: Batch, thresholds: Tensor) -> Terms:
-        """The same terms from matrices."""
+        """The terms of a batch from matrices, while most features are active."""
         blocks = JumpReLUBlocks(thresholds, self._activation.bandwidth)
         found = reconstruct(blocks, batch)
         loss = found.squares[0] / self._batch_size

@@ -36,7 +36,7 @@ class PenaltyBlocks:
     """(n_local,) weights of the features."""
 
     def activations(self, pre: Tensor, features: slice) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """What is positive."""
+        """Every entry that is positive, and 0 elsewhere."""
         return (pre.relu(),)
 
     def sums(self, activations: tuple[Tensor, ...], features: slice) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def penalty_warmup(given: int | None, setting: Setting) -> int:
 
 
 class ReLUVariant(PlainVariant):
-    """L1 in both forms."""
+    """ReLU with an L1 penalty, of activations alone or weighted by the decoder's norms."""
 
     def __init__(self, activation: ReLU, setting: Setting) -> None:
         self._coefficient = activation.l1_coefficient
@@ -57,7 +57,7 @@ class ReLUVariant(PlainVariant):
         self._warmup_steps = penalty_warmup(activation.warmup_steps, setting)
 
     def select(self, batch: Batch) -> Picks:
-        """What is positive."""
+        """Every feature whose pre-activation is positive."""
         return picks_where(batch.hidden_pre, batch.hidden_pre > 0)
 
     def initial_state(self) -> dict[str, float]:
@@ -100,7 +100,7 @@ class PAnnealVariant(PlainVariant):
         return 1 - share * (1 - self._activation.final_p)
 
     def select(self, batch: Batch) -> Picks:
-        """What is positive."""
+        """Every feature whose pre-activation is positive."""
         return picks_where(batch.hidden_pre, batch.hidden_pre > 0)
 
     def terms(self, batch: Batch) -> Terms:
@@ -153,7 +153,7 @@ def penalised(picks: Picks, batch: Batch, slopes: Tensor, total: Tensor, *, stat
 
 
 def dense_penalised(blocks: PenaltyBlocks, batch: Batch, state: dict[str, float]) -> Terms:
-    """The same terms from matrices."""
+    """The terms of a batch from matrices, while most features are active."""
     found = reconstruct(blocks, batch)
     if "following" in found.sums:
         _count_penalties(state, found.sums["penalty"], found.sums["following"], batch)

@@ -46,11 +46,11 @@ class TopKVariant(PlainVariant):
         self._auxiliary = Auxiliary.create(activation.aux, setting)
 
     def select(self, batch: Batch) -> Picks:
-        """Exact over shards."""
+        """The same picks on any number of shards, ties to the lowest feature."""
         return topk_of(batch.pre, self._k, batch.kernels, batch.mesh)
 
     def terms(self, batch: Batch) -> Terms:
-        """Squared error."""
+        """Squared error of the reconstruction, and the auxiliary loss where there is one."""
         picks = self.select(batch)
         return reconstruction_terms(picks, batch, self._auxiliary, batch.state)
 
@@ -77,7 +77,7 @@ class BatchTopKVariant(PlainVariant):
         return self._selector.select(batch.hidden_pre, self._n_keep, batch.mesh, maxima=maxima)
 
     def terms(self, batch: Batch) -> Terms:
-        """Squared error."""
+        """Squared error of the reconstruction, and the auxiliary loss where there is one."""
         picks, cut = self._select(batch)
         return reconstruction_terms(picks, batch, self._auxiliary, moved_threshold(batch, self._beta, cut))
 
