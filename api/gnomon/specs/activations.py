@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
-from gnomon.spec_base import Spec
+from gnomon.specs.base import Spec
 
 
 class AuxK(Spec):

@@ -1,8 +1,4 @@
-"""What a user submits: one pydantic model per kind of job, with every limit in the type.
-
-The same models validate a body in the API, build a request in the SDK and travel to the workers, so a spec
-that was accepted once needs no second check of its shape.
-"""
+"""Specs of a training: what a dictionary is trained on and how, alone or as one of several variants."""
 
 from __future__ import annotations
 
@@ -12,76 +8,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from gnomon.activation_specs import (
-    DEFAULT_BETA1,
-    DEFAULT_LR,
-    Activation,
-    AuxK,
-    BatchTopK,
-    Gated,
-    JumpReLU,
-    Matryoshka,
-    PAnneal,
-    ReLU,
-    TopK,
-    chooses_k,
-)
-from gnomon.harvest_specs import (
-    ConcatPacking,
-    DocumentPacking,
-    DropPolicy,
-    HarvestSpec,
-    ModelSource,
-    Packing,
-    TextSource,
-)
-from gnomon.spec_base import DictionaryId, Dtype, HookName, JobId, Spec, StoreId, Url
-
-__all__ = [
-    "DEFAULT_BETA1",
-    "DEFAULT_LR",
-    "Activation",
-    "Adam",
-    "Alignment",
-    "AuxK",
-    "BatchTopK",
-    "ConcatPacking",
-    "DictionaryId",
-    "DocumentPacking",
-    "DropPolicy",
-    "Dtype",
-    "EvaluateSpec",
-    "Evaluation",
-    "Gated",
-    "HarvestSpec",
-    "HookName",
-    "JobId",
-    "JobRequest",
-    "JobSpec",
-    "JumpReLU",
-    "Matryoshka",
-    "Mesh",
-    "ModelSource",
-    "PAnneal",
-    "Packing",
-    "ReLU",
-    "Schedule",
-    "Spec",
-    "StoreId",
-    "StoredActivations",
-    "TextSource",
-    "TopK",
-    "TrainSpec",
-    "TrainVariant",
-    "Url",
-    "check_shape",
-    "chooses_k",
-]
+from gnomon.specs.activations import DEFAULT_BETA1, DEFAULT_LR, Activation, Matryoshka, TopK, chooses_k
+from gnomon.specs.base import HookName, Spec, StoreId
+from gnomon.specs.evaluate import Evaluation
+from gnomon.specs.harvest import HarvestSpec
 
 Alignment = Literal["orth", "none", "scale", "stopgrad", "tied"]
-
-
-# ---------------------------------------------------------------------------------------------- train
 
 
 class StoredActivations(Spec):
@@ -126,17 +58,6 @@ class Mesh(Spec):
     """Replicas; each takes batch_size / dp tokens of every step."""
     features: Annotated[int, Field(ge=1, le=1024)] = 1
     """Shards; each holds d_sae / features features."""
-
-
-class Evaluation(Spec):
-    """What is measured on held-out text once a dictionary is trained."""
-
-    n_tokens: Annotated[int, Field(ge=256, le=10**9)] = 65_536
-    """Held-out activations to use at most."""
-    ce: bool = True
-    """Patch the reconstruction into the model and measure the CE loss score and KL (causal models only)."""
-    n_ce_tokens: Annotated[int, Field(ge=256, le=10**9)] = 8_192
-    """Held-out tokens to use at most for the CE loss score and KL."""
 
 
 class TrainVariant(Spec):
@@ -185,10 +106,12 @@ class TrainSpec(Spec):
     batch_size: Annotated[int, Field(ge=1, le=2**22)] = 4096
     """Activations per step, over all replicas."""
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the encoder product that chooses features; everything else, and all weights, are float32.
+    """Arithmetic of the products that may round; everything else, and all weights, are float32.
 
-    "auto" is bfloat16 for "topk", "batchtopk" and "matryoshka" where the hardware is fast at it and the dictionary is
-    large enough to gain by it; the activations of the chosen features are computed again in float32.
+    "auto" is bfloat16 where the hardware is fast at it and the dictionary is large enough to gain by it: for "topk",
+    "batchtopk" and "matryoshka" the encoder's product, which only chooses features, whose activations are computed
+    again in float32; for the others the products behind the encoder's while most features are active, as half are in
+    the first steps. "float32" rounds nothing.
     """
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initialisation, and of the order of the data."""
@@ -344,34 +267,3 @@ def check_shape(spec: TrainSpec, d_sae: int) -> None:
             f"mesh.features={spec.mesh.features} does not divide d_sae={d_sae}; "
             f"use d_sae={below or spec.mesh.features} or another number of shards"
         )
-
-
-# ---------------------------------------------------------------------------------------------- evaluate
-
-
-class EvaluateSpec(Spec):
-    """Measure a published dictionary on the held-out text of its own store."""
-
-    kind: Literal["evaluate"] = "evaluate"
-    dictionary: DictionaryId
-    """The dictionary."""
-    evaluation: Evaluation = Evaluation()
-    """What is measured."""
-
-
-JobSpec = Annotated[HarvestSpec | TrainSpec | EvaluateSpec, Field(discriminator="kind")]
-
-
-class JobRequest(Spec):
-    """Body of POST /v1/jobs."""
-
-    spec: JobSpec
-    """What to do."""
-    name: Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00-\x1f]*$")] = ""
-    """A label for people."""
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Higher runs first."""
-    max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
-    """Attempts before infrastructure losses fail the job; an error in the job itself is never retried."""
-    deadline_s: Annotated[int, Field(ge=1, le=10**8)] | None = None
-    """Seconds from submission after which the job is failed; None = no deadline."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from gnomon.spec_base import Dtype, HookName, Spec, Url
+from gnomon.specs.base import Dtype, HookName, Spec, Url
 
 
 class ModelSource(Spec):
