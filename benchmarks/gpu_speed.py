@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gnomon.specs import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from gnomon_workers.kernels.triton_sparse import Blocks, sampled_products, segment_sums
-from gnomon_workers.kernels.triton_update import AdamStep, RowBlocks, RowPicks, Rows, aligned_gradients, update_rows
+from gnomon_workers.kernels.triton_update import AdamRows, AdamStep, RowBlocks, RowPicks, aligned_gradients, update_rows
 from gnomon_workers.sae.sparse import sort_by_feature
 
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}
@@ -263,7 +263,7 @@ def tune(sizes: Sizes, device: torch.device) -> dict[str, dict[str, float]]:
     gradients = aligned_gradients(rows, x, residual, params.W_enc_rows, params.W_dec, "orth")
     first, second = step.optimizer.first, step.optimizer.second
     encoder, decoder = (
-        Rows(weights=step.optimizer.params[name], first=first[name], second=second[name])
+        AdamRows(weights=step.optimizer.params[name], first=first[name], second=second[name])
         for name in ("W_enc_rows", "W_dec")
     )
     adam = AdamStep(number=1, lr=1e-9, beta1=0.9, beta2=0.999, eps=1e-8)

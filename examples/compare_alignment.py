@@ -56,7 +56,8 @@ async def main() -> None:
     print("alignment  seed  " + "  ".join(f"{name:>14}" for name in METRICS))
     for (alignment, seed), result in zip(runs, results, strict=True):
         assert isinstance(result, TrainResult)
-        values = "  ".join(f"{result.metrics.get(name, float('nan')):14.4f}" for name in METRICS)
+        found = [getattr(result.metrics, name) for name in METRICS]
+        values = "  ".join(f"{float('nan') if value is None else value:14.4f}" for value in found)
         print(f"{alignment:<9}  {seed:<4}  {values}")
 
 

@@ -41,7 +41,7 @@ def main() -> None:
 
     scores = dictionary.alignment()
     print(dictionary)
-    print(f"FVU {result.metrics['fvu']:.4f}, L0 {result.metrics['l0']:.1f}")
+    print(f"FVU {result.metrics.fvu:.4f}, L0 {result.metrics.l0:.1f}")
     print(f"alignment from {float(scores.min()):.6f} to {float(scores.max()):.6f}")
 
 

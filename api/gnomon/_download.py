@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from gnomon._requests import Request, dictionary_file
 from gnomon.errors import CorruptArtifact, GnomonError
-from gnomon.resources import Dictionary
+from gnomon.resources import DictionaryRecord
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
@@ -42,7 +42,7 @@ class FileDownload:
             part.unlink(missing_ok=True)
 
 
-def plan_download(dictionary: Dictionary, folder: Path) -> list[FileDownload]:
+def plan_download(dictionary: DictionaryRecord, folder: Path) -> list[FileDownload]:
     """All files of a dictionary, cfg.json last: without it, no loader takes the folder for a dictionary.
 
     Makes the folder. Raises GnomonError where the server names a file that could lie outside it.

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from gnomon.errors import InvalidRequest
 from gnomon.resources import (
-    ActivationStore,
+    ActivationStoreRecord,
     ApiKey,
-    Cluster,
-    Dictionary,
+    ClusterState,
+    DictionaryRecord,
     Event,
     Job,
     JobKind,
@@ -24,6 +24,7 @@ from gnomon.resources import (
     Page,
 )
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
+from gnomon.specs.base import explain
 
 T = TypeVar("T")
 PAGE_SIZE = 100
@@ -68,7 +69,7 @@ def submit(spec: Submittable, options: SubmitOptions) -> Request[Job]:
     key = str(fields.pop("idempotency_key", uuid.uuid4().hex))
     body = job_request(spec, fields).model_dump(mode="json")
     headers = {"Idempotency-Key": key}
-    return Request(method="POST", path="/v1/jobs", parse=Job.model_validate_json, body=body, headers=headers)
+    return Request(method="POST", path="/v1/jobs", parse=Job.read, body=body, headers=headers)
 
 
 def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:
@@ -85,25 +86,14 @@ def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:
         raise InvalidRequest(explain(error)) from error
 
 
-def explain(error: ValidationError) -> str:
-    """One line that names the fields that are wrong and how; at most five of them."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    parts = [
-        f"{'.'.join(str(part) for part in item['loc']) or 'body'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in problems
-    ]
-    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return "; ".join(parts[:5]) + more
-
-
 def job(job_id: str) -> Request[Job]:
     """GET /v1/jobs/{id}."""
-    return Request(method="GET", path=_path("jobs", job_id), parse=Job.model_validate_json)
+    return Request(method="GET", path=_path("jobs", job_id), parse=Job.read)
 
 
 def cancel(job_id: str) -> Request[Job]:
     """POST /v1/jobs/{id}/cancel; cancelling twice is harmless."""
-    return Request(method="POST", path=_path("jobs", job_id, "cancel"), parse=Job.model_validate_json)
+    return Request(method="POST", path=_path("jobs", job_id, "cancel"), parse=Job.read)
 
 
 def jobs(*, state: JobState | None, kind: JobKind | None, limit: int | None) -> Flow[list[Job]]:
@@ -119,7 +109,7 @@ def events(job_id: str, after: int) -> Flow[list[Event]]:
         page: Page[Event] = yield Request(
             method="GET",
             path=_path("jobs", job_id, "events"),
-            parse=Page[Event].model_validate_json,
+            parse=Page[Event].read,
             params={"after": found[-1].id if found else after, "limit": PAGE_SIZE},
         )
         found += page.items
@@ -133,26 +123,26 @@ def event_stream(job_id: str, after: int) -> Request[None]:
     return Request(method="GET", path=_path("jobs", job_id, "events"), parse=_nothing, headers=headers)
 
 
-def activations(limit: int | None) -> Flow[list[ActivationStore]]:
+def activations(limit: int | None) -> Flow[list[ActivationStoreRecord]]:
     """GET /v1/activations, newest first."""
-    return _collect(_path("activations"), Page[ActivationStore], limit)
+    return _collect(_path("activations"), Page[ActivationStoreRecord], limit)
 
 
-def activation_store(store_id: str) -> Request[ActivationStore]:
+def activation_store(store_id: str) -> Request[ActivationStoreRecord]:
     """GET /v1/activations/{id}."""
     path = _path("activations", store_id)
-    return Request(method="GET", path=path, parse=ActivationStore.model_validate_json)
+    return Request(method="GET", path=path, parse=ActivationStoreRecord.read)
 
 
-def dictionaries(limit: int | None) -> Flow[list[Dictionary]]:
+def dictionaries(limit: int | None) -> Flow[list[DictionaryRecord]]:
     """GET /v1/dictionaries, newest first."""
-    return _collect(_path("dictionaries"), Page[Dictionary], limit)
+    return _collect(_path("dictionaries"), Page[DictionaryRecord], limit)
 
 
-def dictionary(dictionary_id: str) -> Request[Dictionary]:
+def dictionary(dictionary_id: str) -> Request[DictionaryRecord]:
     """GET /v1/dictionaries/{id}."""
     path = _path("dictionaries", dictionary_id)
-    return Request(method="GET", path=path, parse=Dictionary.model_validate_json)
+    return Request(method="GET", path=path, parse=DictionaryRecord.read)
 
 
 def dictionary_file(dictionary_id: str, name: str) -> Request[None]:
@@ -168,7 +158,7 @@ def keys(limit: int | None) -> Flow[list[ApiKey]]:
 def create_key(name: str, scopes: tuple[str, ...], expires_in_s: int | None) -> Request[NewApiKey]:
     """POST /v1/keys; not repeated when the answer is lost, for that would leave a key nobody knows."""
     body = {"name": name, "scopes": list(scopes), "expires_in_s": expires_in_s}
-    return Request(method="POST", path="/v1/keys", parse=NewApiKey.model_validate_json, body=body, idempotent=False)
+    return Request(method="POST", path="/v1/keys", parse=NewApiKey.read, body=body, idempotent=False)
 
 
 def revoke_key(key_id: str) -> Request[None]:
@@ -181,9 +171,9 @@ def delete_activations(store_id: str) -> Request[None]:
     return Request(method="DELETE", path=_path("activations", store_id), parse=_nothing)
 
 
-def cluster() -> Request[Cluster]:
+def cluster() -> Request[ClusterState]:
     """GET /v1/cluster."""
-    return Request(method="GET", path="/v1/cluster", parse=Cluster.model_validate_json)
+    return Request(method="GET", path="/v1/cluster", parse=ClusterState.read)
 
 
 def _collect(
@@ -197,7 +187,7 @@ def _collect(
         params: dict[str, str | int] = {**(filters or {}), "limit": size}
         if cursor is not None:
             params["cursor"] = cursor
-        page: Page[T] = yield Request(method="GET", path=path, parse=page_type.model_validate_json, params=params)
+        page: Page[T] = yield Request(method="GET", path=path, parse=page_type.read, params=params)
         found += page.items
         cursor = page.next_cursor
         if cursor is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from gnomon.errors import Conflict, JobFailed
-from gnomon.resources import TERMINAL_STATES, EvaluateResult, HarvestResult, Job, TrainResult
+from pydantic import ValidationError
 
-JobResult = HarvestResult | TrainResult | EvaluateResult
-_RESULTS: dict[str, type[JobResult]] = {
+from gnomon.errors import Conflict, JobFailed
+from gnomon.resources import TERMINAL_STATES, EvaluateResult, HarvestResult, Job, TrainResult, UnknownResult
+
+JobResult = HarvestResult | TrainResult | EvaluateResult | UnknownResult
+_RESULTS: dict[str, type[HarvestResult | TrainResult | EvaluateResult]] = {
     "harvest": HarvestResult,
     "train": TrainResult,
     "evaluate": EvaluateResult,
@@ -16,7 +18,7 @@ _RESULTS: dict[str, type[JobResult]] = {
 def result_of(job: Job) -> JobResult:
     """The result of a job; raises JobFailed if it did not succeed, Conflict if it has not ended."""
     if job.state == "succeeded":
-        return _RESULTS[job.kind].model_validate(job.result)
+        return read_result(job)
     if job.state not in TERMINAL_STATES:
         raise Conflict(f"job {job.id} is {job.state}; wait() for it first", code="job_not_finished")
     if job.state == "cancelled":
@@ -24,3 +26,13 @@ def result_of(job: Job) -> JobResult:
     message = job.error.message if job.error else "no reason is recorded"
     code = job.error.code if job.error else None
     raise JobFailed(f"job {job.id} failed: {message}", code=code, job_id=job.id)
+
+
+def read_result(job: Job) -> JobResult:
+    """What a job that succeeded left; an UnknownResult where this release cannot read it."""
+    result = job.result or {}
+    known = _RESULTS.get(job.kind)
+    try:
+        return known.read(result) if known is not None else UnknownResult(fields=result)
+    except ValidationError:
+        return UnknownResult(fields=result)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gnomon.errors import GnomonError
+from gnomon.events import Logged, StateChanged
 from gnomon.resources import Event, Job
 
 _HINTS = {
@@ -100,13 +101,13 @@ def progress_text(job: Job) -> str:
 
 def event_text(event: Event) -> str:
     """One line of a job's log."""
-    match event.kind, event.data:
-        case "state", {"to": to, **rest}:
-            text = f"{rest.get('from') or '-'} -> {to}"
-        case "log", {"message": message}:
-            text = str(message)
-        case _, data:
-            text = " ".join(f"{name}={_short(value)}" for name, value in data.items())
+    match event.told:
+        case StateChanged(before=before, to=to):
+            text = f"{before or '-'} -> {to}"
+        case Logged(message=message):
+            text = message
+        case _:
+            text = " ".join(f"{name}={_short(value)}" for name, value in event.data.items())
     return f"{moment(event.created_at)}  #{event.attempt}  {event.kind:<10}  {text}"
 
 

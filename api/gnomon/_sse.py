@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from gnomon._requests import Request, event_stream
 from gnomon.errors import GnomonError, Unavailable
-from gnomon.resources import TERMINAL_STATES, Event
+from gnomon.events import TERMINAL_STATES, StateChanged
+from gnomon.resources import Event
 
 PATIENCE_S = 300.0
 """How long a follower puts up with a server that does not answer."""
@@ -106,13 +107,14 @@ class EventCursor:
         if data is None:
             return None
         try:
-            event = Event.model_validate_json(data)
+            event = Event.read(data)
         except ValidationError as error:
             raise GnomonError(f"the server sent an unreadable event: {error}", code="bad_response") from error
         if event.id <= self.after:
             return None
         self.after, self.is_idle = event.id, False
-        self.finished = event.kind == "state" and event.data.get("to") in TERMINAL_STATES
+        told = event.told
+        self.finished = isinstance(told, StateChanged) and told.to in TERMINAL_STATES
         return event
 
     def disconnected(self, error: Unavailable | None) -> float:

@@ -21,10 +21,10 @@ from gnomon.errors import Unavailable
 from gnomon.progress import Display, make_display
 from gnomon.resources import (
     TERMINAL_STATES,
-    ActivationStore,
+    ActivationStoreRecord,
     ApiKey,
-    Cluster,
-    Dictionary,
+    ClusterState,
+    DictionaryRecord,
     EvaluateResult,
     Event,
     HarvestResult,
@@ -107,15 +107,15 @@ class AsyncClient:
             for event in await self._session.run(_requests.events(job_id, after)):
                 yield event
 
-    async def activations(self, *, limit: int | None = 100) -> list[ActivationStore]:
+    async def activations(self, *, limit: int | None = 100) -> list[ActivationStoreRecord]:
         """Activation stores, newest first; limit=None for all."""
         return await self._session.run(_requests.activations(limit))
 
-    async def activation_store(self, store_id: str) -> ActivationStore:
+    async def activation_store(self, store_id: str) -> ActivationStoreRecord:
         """An activation store by id."""
         return await self._session.send(_requests.activation_store(store_id))
 
-    async def dictionaries(self, *, limit: int | None = 100) -> list[Dictionary]:
+    async def dictionaries(self, *, limit: int | None = 100) -> list[DictionaryRecord]:
         """Published dictionaries, newest first; limit=None for all."""
         return await self._session.run(_requests.dictionaries(limit))
 
@@ -141,7 +141,7 @@ class AsyncClient:
         """Delete an activation store that no job uses; the same harvest then makes it anew."""
         await self._session.send(_requests.delete_activations(store_id))
 
-    async def cluster(self) -> Cluster:
+    async def cluster(self) -> ClusterState:
         """What the service can run on."""
         return await self._session.send(_requests.cluster())
 
@@ -163,7 +163,7 @@ class AsyncClient:
                 return
             await asyncio.sleep(cursor.disconnected(error))
 
-    async def _download(self, dictionary: Dictionary, folder: Path) -> Path:
+    async def _download(self, dictionary: DictionaryRecord, folder: Path) -> Path:
         for download in plan_download(dictionary, folder):
             with download.writer() as file:
                 timeout_s = self._session.settings.timeout_s
@@ -186,7 +186,7 @@ class AsyncJobHandle(Generic[R_co]):
         return self.job.id
 
     @property
-    def state(self) -> JobState:
+    def state(self) -> JobState | str:
         """The state last seen; `refresh` asks again."""
         return self.job.state
 
@@ -240,7 +240,7 @@ class AsyncJobHandle(Generic[R_co]):
 class AsyncRemoteDictionary:
     """A published dictionary on the service; `info` is its description."""
 
-    def __init__(self, client: AsyncClient, info: Dictionary) -> None:
+    def __init__(self, client: AsyncClient, info: DictionaryRecord) -> None:
         self._client = client
         self.info = info
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gnomon._plugins import CommandGroup
+from gnomon._results import read_result
 from gnomon._screen import (
     event_text,
     moment,
@@ -27,7 +28,8 @@ from gnomon._screen import (
 from gnomon._settings import resolve_settings
 from gnomon.client import Client, JobHandle
 from gnomon.errors import GnomonError, InvalidRequest
-from gnomon.resources import TERMINAL_STATES, Job, JobKind, JobState
+from gnomon.metrics import DictionaryMetrics
+from gnomon.resources import TERMINAL_STATES, Job, JobKind, JobState, TrainResult
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -233,7 +235,7 @@ def dictionaries(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False)
                     d.d_sae,
                     d.activation,
                     d.alignment,
-                    _metric(d.metrics, "fvu"),
+                    _number(d.metrics.fvu),
                     d.name,
                 )
                 for d in found
@@ -350,7 +352,9 @@ def _read_spec(file: typer.FileText) -> dict[str, Any]:
 
 def _show_job(found: Job) -> None:
     result = found.result or {}
-    if result.get("dictionaries"):  # those of the first are in the table, too
+    made = read_result(found) if result else None
+    variants = made.dictionaries if isinstance(made, TrainResult) else {}
+    if variants:  # those of the first are in the table, too
         result = {name: value for name, value in result.items() if name not in ("metrics", "dictionary_id")}
     show_pairs(
         [
@@ -369,19 +373,19 @@ def _show_job(found: Job) -> None:
             *((result.get("metrics") or {}).items()),
         ]
     )
-    if result.get("dictionaries"):
+    if variants:
         show_table(
             ("VARIANT", "DICTIONARY", "FVU", "L0", "DEAD"),
-            (
-                (name, made["dictionary_id"], *(_metric(made["metrics"], m) for m in ("fvu", "l0", "dead_fraction")))
-                for name, made in result["dictionaries"].items()
-            ),
+            ((name, each.dictionary_id, *_columns(each.metrics)) for name, each in variants.items()),
         )
 
 
-def _metric(metrics: dict[str, Any], name: str) -> str:
-    value = metrics.get(name)
-    return f"{value:.4f}" if isinstance(value, int | float) else ""
+def _columns(metrics: DictionaryMetrics) -> tuple[str, ...]:
+    return _number(metrics.fvu), _number(metrics.l0), _number(metrics.dead_fraction)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _missing_extra(error: ModuleNotFoundError) -> GnomonError:

@@ -26,10 +26,10 @@ from gnomon.errors import Unavailable
 from gnomon.progress import Display, make_display
 from gnomon.resources import (
     TERMINAL_STATES,
-    ActivationStore,
+    ActivationStoreRecord,
     ApiKey,
-    Cluster,
-    Dictionary,
+    ClusterState,
+    DictionaryRecord,
     EvaluateResult,
     Event,
     HarvestResult,
@@ -118,15 +118,15 @@ class Client:
             return self._follow(EventCursor(job_id=job_id, after=after))
         return iter(self._session.run(_requests.events(job_id, after)))
 
-    def activations(self, *, limit: int | None = 100) -> list[ActivationStore]:
+    def activations(self, *, limit: int | None = 100) -> list[ActivationStoreRecord]:
         """Activation stores, newest first; limit=None for all."""
         return self._session.run(_requests.activations(limit))
 
-    def activation_store(self, store_id: str) -> ActivationStore:
+    def activation_store(self, store_id: str) -> ActivationStoreRecord:
         """An activation store by id."""
         return self._session.send(_requests.activation_store(store_id))
 
-    def dictionaries(self, *, limit: int | None = 100) -> list[Dictionary]:
+    def dictionaries(self, *, limit: int | None = 100) -> list[DictionaryRecord]:
         """Published dictionaries, newest first; limit=None for all."""
         return self._session.run(_requests.dictionaries(limit))
 
@@ -152,7 +152,7 @@ class Client:
         """Delete an activation store that no job uses; the same harvest then makes it anew."""
         self._session.send(_requests.delete_activations(store_id))
 
-    def cluster(self) -> Cluster:
+    def cluster(self) -> ClusterState:
         """What the service can run on."""
         return self._session.send(_requests.cluster())
 
@@ -174,7 +174,7 @@ class Client:
                 return
             time.sleep(cursor.disconnected(error))
 
-    def _download(self, dictionary: Dictionary, folder: Path) -> Path:
+    def _download(self, dictionary: DictionaryRecord, folder: Path) -> Path:
         for download in plan_download(dictionary, folder):
             with (
                 download.writer() as file,
@@ -198,7 +198,7 @@ class JobHandle(Generic[R_co]):
         return self.job.id
 
     @property
-    def state(self) -> JobState:
+    def state(self) -> JobState | str:
         """The state last seen; `refresh` asks again."""
         return self.job.state
 
@@ -256,7 +256,7 @@ class JobHandle(Generic[R_co]):
 class RemoteDictionary:
     """A published dictionary on the service; `info` is its description."""
 
-    def __init__(self, client: Client, info: Dictionary) -> None:
+    def __init__(self, client: Client, info: DictionaryRecord) -> None:
         self._client = client
         self.info = info
 

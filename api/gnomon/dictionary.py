@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gnomon._safetensors import check_shapes, read_header
 from gnomon.dictionary_config import DictionaryConfig, check_config, existing_file, load_config, wanted_shapes
 from gnomon.errors import CorruptArtifact, InvalidRequest
+from gnomon.safetensors_header import check_shapes, read_dictionary_header
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,7 +148,7 @@ def load_folder(
     folder = Path(path)
     cfg = load_config(folder)
     weights = existing_file(folder, WEIGHTS_FILE)
-    check_shapes(weights, read_header(weights), wanted_shapes(cfg))
+    check_shapes(weights, read_dictionary_header(weights), wanted_shapes(cfg))
     try:
         tensors = load_file(weights, device=str(device))
     except (SafetensorError, OSError) as error:

@@ -7,15 +7,16 @@ figures.training_curves(client.events(job_id)).write_html("training.html")
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import DEFAULT_PLOTLY_COLORS
 from plotly.subplots import make_subplots
 
 from gnomon.errors import NotFound
+from gnomon.events import TrainingMeasured
+from gnomon.metrics import DictionaryMetrics
 from gnomon.resources import Event
 
 _CURVES = {
@@ -26,17 +27,20 @@ _CURVES = {
 }
 
 
-def alignment_histogram(metrics: Mapping[str, Any]) -> go.Figure:
+def alignment_histogram(metrics: DictionaryMetrics) -> go.Figure:
     """Features by their alignment score <encoder, decoder>, from a dictionary's metrics; 1 is aligned."""
-    histogram = _part(_part(metrics, "alignment"), "histogram")
-    figure = _bars(histogram["edges"], histogram["counts"])
+    if metrics.alignment is None:
+        raise _missing("alignment")
+    histogram = metrics.alignment.histogram
+    figure = _bars(histogram.edges, histogram.counts)
     return figure.update_layout(title="Alignment", xaxis_title="encoder . decoder", yaxis_title="features")
 
 
-def density_histogram(metrics: Mapping[str, Any]) -> go.Figure:
+def density_histogram(metrics: DictionaryMetrics) -> go.Figure:
     """Features by how often they fire on held-out activations, from a dictionary's metrics."""
-    histogram = _part(metrics, "density_histogram")
-    figure = _bars(histogram["log10_edges"], histogram["counts"])
+    if metrics.density_histogram is None:
+        raise _missing("density_histogram")
+    figure = _bars(metrics.density_histogram.log10_edges, metrics.density_histogram.counts)
     return figure.update_layout(title="Density", xaxis_title="log10 of firing frequency", yaxis_title="features")
 
 
@@ -46,10 +50,10 @@ def training_curves(events: Iterable[Event]) -> go.Figure:
     Every variant has a line of its own. A step that a later attempt repeated is drawn once. Raises NotFound where
     there are no metrics.
     """
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    runs: dict[str, dict[int, TrainingMeasured]] = {}
     for event in events:
-        if event.kind == "metrics":
-            runs.setdefault(event.data.get("variant", ""), {})[event.data["step"]] = event.data
+        if isinstance(told := event.told, TrainingMeasured):
+            runs.setdefault(told.variant or "", {})[told.step] = told
     if not runs:
         raise NotFound("these events hold no metrics; a train job has some once it runs", code="no_metrics")
     figure = make_subplots(rows=2, cols=2, subplot_titles=list(_CURVES.values()), shared_xaxes=True)
@@ -58,7 +62,7 @@ def training_curves(events: Iterable[Event]) -> go.Figure:
         for number, name in enumerate(_CURVES):
             line = go.Scatter(
                 x=sorted(by_step),
-                y=[by_step[step].get(name) for step in sorted(by_step)],
+                y=[getattr(by_step[step], name) for step in sorted(by_step)],
                 mode="lines",
                 name=variant or name,
                 legendgroup=variant,
@@ -69,14 +73,11 @@ def training_curves(events: Iterable[Event]) -> go.Figure:
     return figure.update_layout(title="Training", showlegend=len(runs) > 1)
 
 
-def _bars(edges: list[float], counts: list[float]) -> go.Figure:
+def _bars(edges: Sequence[float], counts: Sequence[float]) -> go.Figure:
     """Bars between edges; equal edges (every score the same) still show."""
     widths = [max(hi - lo, 1e-9) for lo, hi in pairwise(edges)]
-    return go.Figure(go.Bar(x=edges[:-1], y=counts, width=widths, offset=0))
+    return go.Figure(go.Bar(x=list(edges[:-1]), y=list(counts), width=widths, offset=0))
 
 
-def _part(metrics: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = metrics.get(name)
-    if not isinstance(part, Mapping):
-        raise NotFound(f"these metrics have no {name!r}; train or evaluate with evaluation on", code="no_metrics")
-    return part
+def _missing(name: str) -> NotFound:
+    return NotFound(f"these metrics have no {name!r}; train or evaluate with evaluation on", code="no_metrics")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from gnomon.resources import TERMINAL_STATES, Event, Job
-
-_METRICS = (("fvu", "FVU {:.3f}"), ("dead_fraction", "dead {:.1%}"), ("loss", "loss {:.4g}"), ("l0", "L0 {:.1f}"))
+from gnomon.events import TERMINAL_STATES, Progressed, StateChanged, TrainingMeasured
+from gnomon.resources import Event, Job
 
 
 class Display(Protocol):
@@ -64,14 +63,15 @@ class Lines:
 
     def show(self, job: Job, event: Event) -> None:
         """Print state changes and the first and last progress of each phase."""
-        if event.kind == "state":
-            self._is_told = event.data.get("to") in TERMINAL_STATES
-            self._print(job, _state_text(event))
-        elif event.kind == "progress":
-            phase, done, total = _phase(event.data), event.data.get("done"), event.data.get("total")
-            if phase != self._phase or (total is not None and done == total):
+        told = event.told
+        if isinstance(told, StateChanged):
+            self._is_told = told.to in TERMINAL_STATES
+            self._print(job, _state_text(event, told))
+        elif isinstance(told, Progressed):
+            phase = _phase(told)
+            if phase != self._phase or (told.total is not None and told.done == told.total):
                 self._phase = phase
-                self._print(job, f"{phase} {_amount(event.data)}")
+                self._print(job, f"{phase} {_amount(told)}")
 
     def end(self, job: Job) -> None:
         """Print how it ended, where no event has told, and why it failed."""
@@ -116,12 +116,13 @@ class Bars:
 
     def show(self, job: Job, event: Event) -> None:
         """Move the bar of the phase the job is in."""
-        if event.kind == "state" and self._waiting is not None:
-            self._progress.update(self._waiting, description=f"{job.kind}: {_state_text(event)}")
-        elif event.kind == "progress":
-            self._advance(job, event.data)
-        elif event.kind == "metrics" and (job.id, "train") in self._tasks:
-            self._progress.update(self._tasks[job.id, "train"], note=self._metrics_text(event.data))
+        told = event.told
+        if isinstance(told, StateChanged) and self._waiting is not None:
+            self._progress.update(self._waiting, description=f"{job.kind}: {_state_text(event, told)}")
+        elif isinstance(told, Progressed):
+            self._advance(job, told)
+        elif isinstance(told, TrainingMeasured) and (job.id, "train") in self._tasks:
+            self._progress.update(self._tasks[job.id, "train"], note=self._metrics_text(told))
 
     def end(self, job: Job) -> None:
         """Complete the bars of a job that succeeded; say how it ended otherwise."""
@@ -132,21 +133,23 @@ class Bars:
         if job.state in TERMINAL_STATES and job.state != "succeeded":
             self._progress.console.print(Text(f"{job.kind} {job.id}: {job.state}{_reason(job)}"))
 
-    def _advance(self, job: Job, data: dict[str, Any]) -> None:
+    def _advance(self, job: Job, told: Progressed) -> None:
         self._forget_waiting()
-        phase, total = _phase(data, job.kind), data.get("total")
-        key = (job.id, phase)
+        key = (job.id, _phase(told))
         if key not in self._tasks:
             for task in self._tasks.values():  # phases follow one another
                 self._finish(task)
-            self._tasks[key] = self._progress.add_task(phase, total=total, amount="", note="")
-        amount = _amount(data, _short)
-        self._progress.update(self._tasks[key], completed=data.get("done", 0), total=total, amount=amount)
+            self._tasks[key] = self._progress.add_task(key[1], total=told.total, amount="", note="")
+        amount = _amount(told, _short)
+        self._progress.update(self._tasks[key], completed=told.done, total=told.total, amount=amount)
 
-    def _metrics_text(self, data: dict[str, Any]) -> str:
-        shown = _METRICS if self._is_wide else _METRICS[:2]
-        values = [text.format(data[name]) for name, text in shown if isinstance(data.get(name), int | float)]
-        return "  ".join([f"{data['variant']}:", *values] if data.get("variant") else values)
+    def _metrics_text(self, told: TrainingMeasured) -> str:
+        numbers = (told.fvu, told.dead_fraction, told.loss, told.l0)
+        texts = ("FVU {:.3f}", "dead {:.1%}", "loss {:.4g}", "L0 {:.1f}")
+        n_shown = 4 if self._is_wide else 2
+        shown = list(zip(texts, numbers, strict=True))[:n_shown]
+        values = [text.format(number) for text, number in shown if number is not None]
+        return "  ".join([f"{told.variant}:", *values] if told.variant else values)
 
     def _finish(self, task: TaskID) -> None:
         total = self._progress.tasks[self._progress.task_ids.index(task)].total
@@ -158,17 +161,15 @@ class Bars:
             self._waiting = None
 
 
-def _phase(data: dict[str, Any], default: str = "") -> str:
+def _phase(told: Progressed) -> str:
     """The phase, and of which of several variants."""
-    phase = str(data.get("phase", default))
-    return f"{phase} {data['variant']}" if data.get("variant") else phase
+    return f"{told.phase} {told.variant}" if told.variant else told.phase
 
 
-def _amount(data: dict[str, Any], number: Callable[[float], str] = "{:,.0f}".format) -> str:
-    total, unit, rate = data.get("total"), data.get("unit", "tokens"), data.get("rate")
-    done = number(data.get("done", 0))
-    text = f"{done} {unit}" if total is None else f"{done}/{number(total)} {unit}"
-    return text if rate is None else f"{text}, {number(rate)}/s"
+def _amount(told: Progressed, number: Callable[[float], str] = "{:,.0f}".format) -> str:
+    done = number(told.done)
+    text = f"{done} {told.unit}" if told.total is None else f"{done}/{number(told.total)} {told.unit}"
+    return text if told.rate is None else f"{text}, {number(told.rate)}/s"
 
 
 def _short(count: float) -> str:
@@ -179,9 +180,9 @@ def _short(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def _state_text(event: Event) -> str:
+def _state_text(event: Event, told: StateChanged) -> str:
     attempt = f" (attempt {event.attempt})" if event.attempt > 1 else ""
-    return f"{event.data.get('to', '')}{attempt}"
+    return f"{told.to}{attempt}"
 
 
 def _reason(job: Job) -> str:

@@ -1,30 +1,47 @@
-"""What REST returns, and what the workers report back: one pydantic model per resource."""
+"""What REST returns, and what the workers report back: one pydantic model per resource.
+
+What comes from elsewhere is taken by `read`, so that a newer server may send fields that this release does not know.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from gnomon.specs import JobSpec
+from gnomon.events import TERMINAL_STATES, EventData, JobState, Progressed, read_event
+from gnomon.metrics import DictionaryMetrics
+from gnomon.specs import AnySpec
+from gnomon.specs.base import Document
+
+__all__ = [
+    "TERMINAL_STATES",
+    "ActivationStoreRecord",
+    "ApiKey",
+    "ClusterState",
+    "DictionaryRecord",
+    "EvaluateResult",
+    "Event",
+    "HarvestResult",
+    "Job",
+    "JobError",
+    "JobKind",
+    "JobState",
+    "NewApiKey",
+    "Page",
+    "StoreState",
+    "TrainResult",
+    "TrainedDictionary",
+    "UnknownResult",
+]
 
 JobKind = Literal["harvest", "train", "evaluate"]
-JobState = Literal["queued", "scheduled", "running", "succeeded", "failed", "cancelled"]
 StoreState = Literal["harvesting", "sealed", "failed"]
-Phase = Literal["harvest", "train", "evaluate", "export"]
-
-TERMINAL_STATES: frozenset[JobState] = frozenset({"succeeded", "failed", "cancelled"})
 
 
-class Resource(BaseModel):
-    """Base of all resources; a client ignores fields that a newer server adds."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-
-
-class Problem(Resource):
-    """Why a job failed, or a request was refused."""
+class JobError(Document):
+    """Why a job failed."""
 
     code: str
     """Stable, for programs."""
@@ -32,24 +49,7 @@ class Problem(Resource):
     """For people: what, got, wanted, next."""
 
 
-class Progress(Resource):
-    """Where a running job is."""
-
-    phase: Phase
-    """What it is doing."""
-    done: int
-    """Units done in this phase."""
-    total: int | None = None
-    """Units in this phase, where known."""
-    unit: str = "tokens"
-    """What is counted."""
-    rate: float | None = None
-    """Units per second, lately."""
-    variant: str | None = None
-    """Whose phase it is, where a training has variants and the phase is of one alone."""
-
-
-class HarvestResult(Resource):
+class HarvestResult(Document):
     """What a harvest leaves."""
 
     store_id: str
@@ -63,40 +63,47 @@ class HarvestResult(Resource):
     """Tokens a second over the whole phase."""
 
 
-class TrainedDictionary(Resource):
+class TrainedDictionary(Document):
     """One of the dictionaries that a training with variants leaves."""
 
     dictionary_id: str
-    metrics: dict[str, Any]
+    metrics: DictionaryMetrics
     """As of a TrainResult."""
 
 
-class TrainResult(Resource):
+class TrainResult(Document):
     """What training leaves; of one with variants, dictionary_id and metrics are those of the first."""
 
     dictionary_id: str
     store_id: str
     n_steps: int
-    metrics: dict[str, Any]
-    """Core metrics on held-out activations, the alignment quantiles, and tokens/s per stage."""
-    dictionaries: dict[str, TrainedDictionary] = {}
+    metrics: DictionaryMetrics
+    """What is known of the dictionary: on held-out activations, and from its weights."""
+    dictionaries: dict[str, TrainedDictionary] = Field(default_factory=dict)
     """By the variants' names; empty where there are no variants."""
 
 
-class EvaluateResult(Resource):
+class EvaluateResult(Document):
     """What an evaluation leaves."""
 
     dictionary_id: str
-    metrics: dict[str, Any]
+    metrics: DictionaryMetrics
 
 
-class Job(Resource):
+class UnknownResult(Document):
+    """The result of a job of a kind that this release does not know."""
+
+    fields: dict[str, Any]
+    """What it says, unread."""
+
+
+class Job(Document):
     """A unit of work in the queue."""
 
     id: str
-    kind: JobKind
+    kind: JobKind | str
     name: str
-    state: JobState
+    state: JobState | str
     attempt: int
     """Attempts begun; also the fencing token of the current one."""
     max_attempts: int
@@ -106,15 +113,16 @@ class Job(Resource):
     finished_at: datetime | None = None
     depends_on: tuple[str, ...] = ()
     """Jobs that must succeed first."""
-    progress: Progress | None = None
-    error: Problem | None = None
+    progress: Progressed | None = None
+    """Where a running job is."""
+    error: JobError | None = None
     result: dict[str, Any] | None = None
     """A HarvestResult, TrainResult or EvaluateResult once succeeded."""
-    spec: JobSpec
+    spec: AnySpec
     cancel_requested: bool = False
 
 
-class Event(Resource):
+class Event(Document):
     """Something that happened to a job; ids grow within a job."""
 
     id: int
@@ -124,26 +132,32 @@ class Event(Resource):
     """"state", "phase", "progress", "metrics", "checkpoint", "profile", "segment", "log"."""
     created_at: datetime
     data: dict[str, Any]
+    """What it tells, as JSON."""
+
+    @property
+    def told(self) -> EventData:
+        """What it tells, as the model of its kind in gnomon.events; an UnknownEvent where this release knows none."""
+        return read_event(self.kind, self.data)
 
 
-class ActivationStore(Resource):
+class ActivationStoreRecord(Document):
     """Harvested activations of one or more hooks."""
 
     id: str
-    state: StoreState
+    state: StoreState | str
     job_id: str
     """The harvest that makes or made it."""
     created_at: datetime
     n_rows: int | None = None
     n_held_out_rows: int | None = None
     n_bytes: int | None = None
-    hooks: dict[str, int] = {}
+    hooks: dict[str, int] = Field(default_factory=dict)
     """Hook name -> d_in."""
     location: str
     spec: dict[str, Any]
 
 
-class Dictionary(Resource):
+class DictionaryRecord(Document):
     """A published dictionary."""
 
     id: str
@@ -159,10 +173,10 @@ class Dictionary(Resource):
     location: str
     files: dict[str, int]
     """File name -> bytes; each is at /v1/dictionaries/{id}/files/{name}."""
-    metrics: dict[str, Any]
+    metrics: DictionaryMetrics
 
 
-class ApiKey(Resource):
+class ApiKey(Document):
     """An API key, without its secret."""
 
     id: str
@@ -179,7 +193,7 @@ class NewApiKey(ApiKey):
     key: str
 
 
-class Cluster(Resource):
+class ClusterState(Document):
     """What the dispatcher last saw of the Ray cluster."""
 
     seen_at: datetime | None = None
@@ -191,7 +205,7 @@ class Cluster(Resource):
 T = TypeVar("T")
 
 
-class Page(Resource, Generic[T]):
+class Page(Document, Generic[T]):
     """One page of a list."""
 
     items: list[T]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeAlias
@@ -11,19 +10,18 @@ import numpy as np
 
 from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage.arrays import Array, ZarrArray, float32_from_bfloat16, open_array, read_rows
+from gnomon_storage.digests import digest_of, stream_digest
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import (
     Manifest,
     SegmentCommit,
     SegmentInfo,
-    digest_of,
     parse_commit,
     parse_manifest,
 )
 
 Column: TypeAlias = Literal["tokens", "positions", "context_ids"]
 MANIFEST = "manifest.json"
-_BLOCK_BYTES = 1 << 22
 COLUMN_CHUNK_ROWS = 1 << 20
 """Rows in a chunk of the integer columns: 4 MB."""
 RAW_DTYPES = {"float32": "float32", "bfloat16": "uint16"}
@@ -131,18 +129,14 @@ def column_chunk_rows(shape: tuple[int, ...]) -> int:
 
 
 def _check_file(folder: Location, name: str, n_bytes: int, sha256: str) -> None:
-    digest = hashlib.sha256()
-    size = 0
     try:
         with folder.child(name).open_read() as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
+            digest, size = stream_digest(stream)
     except NotFound as error:
         raise _damaged(folder, name, "is missing") from error
     if size != n_bytes:
         raise _damaged(folder, name, f"has {size} bytes, wanted {n_bytes}")
-    if digest.hexdigest() != sha256:
+    if digest != sha256:
         raise _damaged(folder, name, "holds other bytes than were written")
 
 

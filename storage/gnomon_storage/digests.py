@@ -1,17 +1,59 @@
-"""What a file's bytes are called: SHA-256, remembered for as long as the file does not change."""
+"""The one JSON text of a document, and what bytes are called: the only place where either is made.
+
+SHA-256 names what ids and manifests speak of; BLAKE2b-256, which is faster, guards the large files of checkpoints and
+dictionaries.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gnomon_storage.location import Location
 
 _BLOCK_BYTES = 1 << 22
+
+
+def canonical_json(document: Any) -> bytes:
+    """The one JSON text of a document, whatever the order of its names; raises ValueError for NaN and infinities."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256 of bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def combine(parts: Mapping[str, Any]) -> str:
+    """SHA-256 over named JSON values, whatever their order."""
+    return digest_of(canonical_json(parts))
+
+
+def blocks_of(stream: BinaryIO) -> Iterator[bytes]:
+    """The rest of a stream, 4 MiB at a time."""
+    while block := stream.read(_BLOCK_BYTES):
+        yield block
+
+
+def stream_digest(stream: BinaryIO) -> tuple[str, int]:
+    """SHA-256 of the rest of a stream, and its bytes."""
+    digest, n_bytes = hashlib.sha256(), 0
+    for block in blocks_of(stream):
+        digest.update(block)
+        n_bytes += len(block)
+    return digest.hexdigest(), n_bytes
+
+
+def fast_digest(stream: BinaryIO) -> str:
+    """BLAKE2b-256 of the rest of a stream, hexadecimal."""
+    digest = hashlib.blake2b(digest_size=32)
+    for block in blocks_of(stream):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def file_digest(location: Location) -> str:
@@ -19,20 +61,17 @@ def file_digest(location: Location) -> str:
     path = location.local_path()
     if path is None:
         return location.etag()
-    size = location.size()  # NotFound where it is absent
-    return _digest(str(path), size, path.stat().st_mtime_ns)
+    location.size()  # NotFound where it is absent
+    return path_digest(path)
 
 
-def combine(parts: Mapping[str, Any]) -> str:
-    """One SHA-256 over named JSON values, whatever their order."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def path_digest(path: Path) -> str:
+    """SHA-256 of a file of this machine, remembered for as long as the file does not change."""
+    status = path.stat()
+    return _remembered(str(path), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _digest(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time are part of the cache's key
-    digest = hashlib.sha256()
+def _remembered(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time are part of the cache's key
     with Path(path).open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return stream_digest(file)[0]

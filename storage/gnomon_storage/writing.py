@@ -11,6 +11,7 @@ from gnomon.errors import NotFound
 from gnomon.specs import Dtype
 from gnomon_storage.activations import MANIFEST, RAW_DTYPES, ActivationStore, column_chunk_rows
 from gnomon_storage.arrays import Array, chunk_key, float32_from_bfloat16, make_array
+from gnomon_storage.digests import canonical_json, digest_of
 from gnomon_storage.local import sync_tree
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import (
@@ -21,8 +22,6 @@ from gnomon_storage.manifest import (
     SegmentInfo,
     Split,
     StoredFile,
-    canonical_json,
-    digest_of,
     parse_commit,
     segment_name,
     segment_path,

@@ -17,12 +17,13 @@ import pytest
 
 from gnomon.dictionary import load_folder
 from gnomon.errors import StoreUnavailable
+from gnomon.events import TrainingMeasured
 from gnomon.resources import TrainResult
 from gnomon_workers.attempts import cluster as clusters
 from gnomon_workers.attempts.cluster import RayCluster
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime import gang as gangs
-from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, ReportKind, dictionary_ids
+from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, dictionary_ids
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.job import train_gang
 from gnomon_workers.train.run import resolve
@@ -152,7 +153,7 @@ def test_variants_are_trained_at_once_and_published_each_by_itself(cluster: RayC
     outcome, reports = follow(cluster, task)
     assert outcome.status == "succeeded", outcome
 
-    result = TrainResult.model_validate(outcome.result)
+    result = TrainResult.read(outcome.result)
     ids = dictionary_ids("dict_job_many", 3)
     assert {name: made.dictionary_id for name, made in result.dictionaries.items()} == dict(
         zip(names, ids, strict=True)
@@ -201,6 +202,24 @@ def _check_reports(reports: list[Report], names: list[str]) -> None:
     assert done == sorted(done) and done[-1] == 64 * 100
 
 
+def test_a_job_of_the_next_release_is_run_and_told_what_of_it_has_no_effect(cluster: RayCluster, root: Path) -> None:
+    newer: dict[str, Any] = {
+        "activation": {"kind": "batchtopk", "k": 4, "tilt": 1},
+        "curriculum": {"x": 1},
+        "token_budget": 64 * 20,
+    }
+    outcome, reports = follow(cluster, assignment(root, "job_newer", **newer))
+    assert outcome.status == "succeeded", outcome
+    said = [report.data["message"] for report in reports if report.kind == "log"]
+    assert [text.split(" is a field", 1)[0] for text in said] == ["activation.tilt", "curriculum"]
+
+
+def test_a_spec_that_the_workers_cannot_read_fails_its_job_at_once(cluster: RayCluster, root: Path) -> None:
+    outcome, _ = follow(cluster, assignment(root, "job_unreadable", activation={"kind": "kan"}))
+    assert (outcome.status, outcome.code) == ("failed", "unreadable_spec")
+    assert "activation" in outcome.message
+
+
 def test_a_published_job_is_not_trained_again(cluster: RayCluster, root: Path) -> None:
     outcome, reports = follow(cluster, assignment(root, "job_one", attempt=2))
     assert outcome.status == "succeeded" and not losses(reports)
@@ -246,9 +265,9 @@ class Watching(Reporter):
                 if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
                     self.stopped.setdefault(pid, time.monotonic())
 
-    def report(self, kind: ReportKind, **data: Any) -> None:
-        super().report(kind, **data)
-        if kind == "metrics" and self.first_metrics is None:
+    def pass_on(self, report: Report) -> None:
+        super().pass_on(report)
+        if report.kind == TrainingMeasured.kind and self.first_metrics is None:
             self.first_metrics = time.monotonic()
 
 

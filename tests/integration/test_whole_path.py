@@ -157,7 +157,7 @@ def test_a_job_leaves_a_good_dictionary_with_its_provenance(live: Live, uninterr
     assert dictionary.cfg.metadata["hf_hook_name"] == HOOK
     assert dictionary.cfg.metadata["l0"] == metrics["l0"]
     listed = [item for item in live.client.dictionaries() if item.id == uninterrupted.result["dictionary_id"]]
-    assert listed[0].metrics["fvu"] == metrics["fvu"]
+    assert listed[0].metrics.fvu == metrics["fvu"]
     checkpoints = [e.data for e in live.client.events(uninterrupted.id, follow=False) if e.kind == "checkpoint"]
     assert len(checkpoints) == 8
     assert all(c["max_alignment_deviation"] <= 1e-5 for c in checkpoints)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gnomon.events import EventData, TrainingMeasured
 from gnomon.specs import Activation, AuxK, BatchTopK, Mesh, TopK
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
@@ -65,10 +66,10 @@ def run(
     store = ActivationStore.open(Location.open(f"file://{root}").child("activations", "act_" + "1" * 32))
     losses: dict[int, float] = {}
 
-    def report(kind: str, **data: Any) -> None:
-        if kind == "metrics":
-            losses[data["step"]] = data["loss"]
-            if stop_at is not None and data["step"] == stop_at:
+    def report(told: EventData) -> None:
+        if isinstance(told, TrainingMeasured):
+            losses[told.step] = told.loss or 0.0
+            if stop_at is not None and told.step == stop_at:
                 wait_for(checkpoints, stop_at - stop_at % EVERY)
                 raise Stopped
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gnomon.events import EventData, event_json
 from gnomon_storage.location import Location
 from gnomon_workers.parallel.clock import WORK
 from gnomon_workers.train.loop import Observer, train
@@ -33,8 +34,8 @@ def run(folder: Path, n_traced: int) -> list[tuple[str, dict[str, Any]]]:
     place = Location.open(f"file://{folder}")
     reports: list[tuple[str, dict[str, Any]]] = []
 
-    def report(kind: str, **data: Any) -> None:
-        reports.append((kind, data))
+    def report(told: EventData) -> None:
+        reports.append((told.kind, event_json(told)))
 
     plan = plan_of(token_budget=32 * N_STEPS, log_every=1, checkpoint_every=100)
     train(

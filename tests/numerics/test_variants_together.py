@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gnomon.errors import GnomonError, StoreUnavailable
+from gnomon.events import EventData, TrainingMeasured
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
@@ -70,9 +71,9 @@ def run_on(mesh: ProcessMesh, root: Path, folder: str, names: list[str], *, atte
     chosen = {name: plan for name, plan in plans(mesh).items() if name in names}
     losses: dict[str, dict[int, float]] = {name: {} for name in chosen}
 
-    def report(kind: str, **data: Any) -> None:
-        if kind == "metrics":
-            losses[data["variant"]][data["step"]] = data["loss"]
+    def report(told: EventData) -> None:
+        if isinstance(told, TrainingMeasured):
+            losses[told.variant or ""][told.step] = told.loss or 0.0
 
     resume, _ = latest_common([place.child(name) for name in chosen])
     seeds = {plan.data_seed for plan in chosen.values()}

@@ -18,7 +18,7 @@ from gnomon.specs import Alignment, TopK
 from gnomon_workers.kernels.triton_kernels import TritonKernels
 from gnomon_workers.kernels.triton_probe import triton_available
 from gnomon_workers.kernels.triton_select import select_topk
-from gnomon_workers.kernels.triton_update import AdamStep, AlignedGradients, Rows
+from gnomon_workers.kernels.triton_update import AdamRows, AdamStep, AlignedGradients
 from gnomon_workers.sae.alignment import RULES
 from gnomon_workers.sae.arrays import offsets_of
 from gnomon_workers.sae.gradient import SparseGradient
@@ -119,17 +119,17 @@ def unit_rows(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows)
 
 
-def make_rows(n_features: int, width: int, seed: int) -> Rows:
+def make_rows(n_features: int, width: int, seed: int) -> AdamRows:
     """A matrix in the middle of training."""
     weights = unit_rows(draw(n_features, width, seed=seed))
-    return Rows(
+    return AdamRows(
         weights=weights,
         first=draw(n_features, width, seed=seed + 1) / 10,
         second=draw(n_features, width, seed=seed + 2).square(),
     )
 
 
-def make_pair(rule: Alignment, n_features: int, d_in: int, d_out: int) -> tuple[Rows, Rows]:
+def make_pair(rule: Alignment, n_features: int, d_in: int, d_out: int) -> tuple[AdamRows, AdamRows]:
     """Encoder and decoder; <w, d> is far from 0, as "scale" needs."""
     decoder = make_rows(n_features, d_out, 10)
     if rule == "tied":
@@ -196,7 +196,7 @@ def test_step_of_a_transcoder() -> None:
     close(decoder.weights.norm(dim=1), torch.ones(30, device=DEVICE))
 
 
-def updated(rows: Rows, gradients: Tensor, clip_scale: float) -> Tensor:
+def updated(rows: AdamRows, gradients: Tensor, clip_scale: float) -> Tensor:
     """PyTorch's Adam in float64; returns the weights, and leaves the moments in the returned copies of rows."""
     first, second, weights = rows.first.double(), rows.second.double(), rows.weights.double()
     torch_adam(

@@ -88,7 +88,7 @@ class Service:
         """Submit a job that must be accepted."""
         answer = self.client().post("/v1/jobs", json={"spec": spec}, headers=headers)
         assert answer.status_code == 201, answer.text
-        return Job.model_validate_json(answer.content)
+        return Job.read(answer.content)
 
     def count_jobs(self) -> int:
         """Jobs of the project."""

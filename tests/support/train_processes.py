@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from gnomon.events import EventData, event_json
 from gnomon.specs import Activation, Adam, AuxK, BatchTopK, Mesh, StoredActivations, TrainSpec
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
@@ -57,9 +58,9 @@ class PipedRank(TrainRank):
         super().__init__(rank)
         self._pipe = pipe
 
-    def _report(self, kind: Any, **data: Any) -> None:
+    def _report(self, told: EventData) -> None:
         if self._rank == 0:
-            self._pipe.send((kind, data))
+            self._pipe.send((told.kind, event_json(told)))
 
 
 def _serve(rank: int, run: TrainRun, address: str, points: str, log: Path, pipe: Connection) -> None:

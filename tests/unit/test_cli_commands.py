@@ -164,8 +164,14 @@ def test_job_shows_error_and_metrics(run: Run) -> None:
 
 def test_job_with_variants_shows_each_dictionary(run: Run) -> None:
     made = {name: {"dictionary_id": f"dict_{name}", "metrics": {"fvu": fvu}} for name, fvu in (("a", 0.25), ("b", 0.5))}
-    result = {"dictionary_id": "dict_a", "n_steps": 7, "metrics": {"fvu": 0.25}, "dictionaries": made}
-    code, out, _ = run(f"job {JOB_ID}", answer(job(state="succeeded", result=result)))
+    result = {
+        "dictionary_id": "dict_a",
+        "store_id": "act_a",
+        "n_steps": 7,
+        "metrics": {"fvu": 0.25},
+        "dictionaries": made,
+    }
+    code, out, _ = run(f"job {JOB_ID}", answer(job(kind="train", state="succeeded", result=result)))
     assert code == 0 and "n_steps" in out
     assert [line.split() for line in out.splitlines()[-2:]] == [["a", "dict_a", "0.2500"], ["b", "dict_b", "0.5000"]]
     assert out.count("dict_a") == 1

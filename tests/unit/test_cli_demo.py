@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from gnomon.errors import CorruptArtifact, InvalidRequest
+from gnomon.metrics import DictionaryMetrics
 from gnomon.specs import HarvestSpec, TrainSpec
 from gnomon_service.local.demo import BATCH_SIZE, N_STEPS, find_package_file, make_spec, prepare_text, result_table
+from tests.support.metrics import make_alignment
 
 ARTICLES = {
     title: {"title": title, "extract": f"{title} is a thing.", "description": "x", "topic": "Arts"}
@@ -74,13 +76,8 @@ def test_spec_is_valid_at_every_length(activation: str, n_steps: int) -> None:
 
 
 def test_table_has_every_metric() -> None:
-    metrics = {
-        "fvu": 0.1812,
-        "l0": 31.9,
-        "dead_fraction": 0.0024,
-        "ce_loss_score": 0.982,
-        "alignment": {"min": 0.999999, "p50": 1.0, "max": 1.000001},
-    }
+    scores = make_alignment(min=0.999999, p50=1.0, max=1.000001)
+    metrics = DictionaryMetrics(fvu=0.1812, l0=31.9, dead_fraction=0.0024, ce_loss_score=0.982, alignment=scores)
     console = Console(file=io.StringIO(), width=120)
     console.print(result_table(metrics, {"train": 4321.0, "evaluate": 900.5}, 400.0))
     assert isinstance(console.file, io.StringIO)
@@ -91,6 +88,6 @@ def test_table_has_every_metric() -> None:
 
 def test_table_shows_what_was_not_measured_as_such() -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(result_table({"fvu": float("nan")}, {}, 1.0))
+    console.print(result_table(DictionaryMetrics(fvu=float("nan")), {}, 1.0))
     assert isinstance(console.file, io.StringIO)
     assert "nan" in console.file.getvalue()

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import gnomon
-from gnomon._safetensors import MAX_HEADER_BYTES
 from gnomon.dictionary import load_folder
 from gnomon.dictionary_config import MAX_CONFIG_BYTES
 from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound
+from gnomon.safetensors_header import MAX_HEADER_BYTES
 from tests.support.dictionary_folders import D_IN, D_SAE, make_folder, make_tensors
 
 WEIGHTS = "sae_weights.safetensors"

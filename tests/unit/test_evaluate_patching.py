@@ -141,8 +141,8 @@ def test_a_perfect_reconstruction_scores_one(case: tuple[nn.Module, str]) -> Non
     model, hook = case
     tokens, is_stored = contexts()
     result = patch_sums(model, Hooks.one(hook), tokens, is_stored, lambda x: x).result()
-    assert result["ce_loss_score"] == pytest.approx(1, abs=1e-4)
-    assert result["kl_score"] == pytest.approx(1, abs=1e-4)
+    assert result.ce_loss_score == pytest.approx(1, abs=1e-4)
+    assert result.kl_score == pytest.approx(1, abs=1e-4)
 
 
 def test_the_model_is_as_before_afterwards(case: tuple[nn.Module, str]) -> None:

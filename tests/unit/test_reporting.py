@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from gnomon.events import Logged
 from gnomon_workers.runtime.reporting import Cancelled, Reporter
 
 
 def test_reports_are_numbered_and_given_again() -> None:
     reporter = Reporter()
-    reporter.report("log", message="a")
-    reporter.report("log", message="b")
+    reporter.report(Logged(message="a"))
+    reporter.report(Logged(message="b"))
     assert [(r.seq, r.data["message"]) for r in reporter.after(0)] == [(1, "a"), (2, "b")]
     assert [r.seq for r in reporter.after(1)] == [2]
     assert len(reporter.after(0)) == 2

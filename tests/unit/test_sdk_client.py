@@ -10,8 +10,13 @@ from typing import Any
 import httpx2
 import pytest
 import stamina
+from pydantic import BaseModel
 
 import gnomon
+import gnomon.events
+import gnomon.metrics
+import gnomon.resources
+import gnomon.specs
 from gnomon import errors
 from gnomon._http import translated_errors
 from gnomon.async_client import AsyncClient, AsyncJobHandle, AsyncRemoteDictionary
@@ -227,9 +232,14 @@ def test_public_names_are_sorted_and_exist() -> None:
     assert gnomon.__all__ == sorted(gnomon.__all__)
     assert all(getattr(gnomon, name) is not None for name in gnomon.__all__)
     assert set(gnomon.__all__) < set(dir(gnomon))
-    specs = {name for name, value in vars(gnomon.specs).items() if isinstance(value, type)}
-    public_specs = {name for name in specs if getattr(gnomon.specs, name).__module__ == "gnomon.specs"}
-    assert public_specs - {"Spec"} <= set(gnomon.__all__)
+    inner = {"Spec", "Document", "Measured"}
+    for module in (gnomon.specs, gnomon.events, gnomon.metrics, gnomon.resources):
+        models = {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__.startswith("gnomon.")
+        }
+        assert models - inner - {"Page"} <= set(gnomon.__all__), module.__name__
     public_errors = {
         name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)
     }

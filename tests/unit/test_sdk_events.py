@@ -111,7 +111,7 @@ def test_unreadable_event_is_an_error_of_ours() -> None:
 def test_wait_returns_the_typed_result() -> None:
     script = Script(answer(job(), 201), answer(job()), sse(event(1), DONE), answer(SUCCEEDED))
     result = client_of(script).submit(HARVEST).wait()
-    assert result == HarvestResult.model_validate(HARVEST_RESULT)
+    assert result == HarvestResult.read(HARVEST_RESULT)
     assert script.is_over
 
 
@@ -209,7 +209,7 @@ def text_of(console: Console) -> str:
 
 def play(display: Any) -> None:
     """A training run in a few events."""
-    running = Job.model_validate(job(state="running", kind="train"))
+    running = Job.read(job(state="running", kind="train"))
     display.begin(running)
     story: list[tuple[str, dict[str, Any]]] = [
         ("state", {"from": "scheduled", "to": "running"}),
@@ -220,8 +220,8 @@ def play(display: Any) -> None:
         ("log", {"message": "[bold]not markup[/bold]"}),
     ]
     for number, (kind, data) in enumerate(story):
-        display.show(running, Event.model_validate(event(number + 1, kind, **data)))
-    display.end(Job.model_validate(SUCCEEDED | {"kind": "train"}))
+        display.show(running, Event.read(event(number + 1, kind, **data)))
+    display.end(Job.read(SUCCEEDED | {"kind": "train"}))
 
 
 def test_bars_show_every_phase_and_the_metrics() -> None:
@@ -238,27 +238,27 @@ def test_bars_show_every_phase_and_the_metrics() -> None:
 
 def test_bars_say_which_variant_is_meant() -> None:
     screen = console(terminal=True)
-    running = Job.model_validate(job(state="running", kind="train"))
+    running = Job.read(job(state="running", kind="train"))
     story: list[tuple[str, dict[str, Any]]] = [
         ("progress", {"phase": "train", "done": 1, "total": 10}),
-        ("metrics", {"variant": "k8", "fvu": 0.2}),
+        ("metrics", {"variant": "k8", "step": 10, "fvu": 0.2}),
         ("progress", {"phase": "evaluate", "variant": "k8", "done": 1, "total": 10}),
         ("progress", {"phase": "evaluate", "variant": "k4", "done": 1, "total": 10}),
     ]
     with make_display(True, screen) as display:
         for number, (kind, data) in enumerate(story):
-            display.show(running, Event.model_validate(event(number + 1, kind, **data)))
+            display.show(running, Event.read(event(number + 1, kind, **data)))
     shown = text_of(screen)
     assert all(text in shown for text in ("k8:  FVU 0.200", "evaluate k8", "evaluate k4"))
 
 
 def test_bars_fit_a_narrow_terminal() -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
-    running = Job.model_validate(job(state="running", kind="train"))
+    running = Job.read(job(state="running", kind="train"))
     numbers: dict[str, Any] = {"phase": "train", "done": 875_520, "total": 1_159_168, "unit": "tokens", "rate": 5830.0}
     with make_display(True, screen) as display:
-        display.show(running, Event.model_validate(event(1, "progress", **numbers)))
-        display.show(running, Event.model_validate(event(2, "metrics", fvu=0.187, dead_fraction=0.002, loss=0.08)))
+        display.show(running, Event.read(event(1, "progress", **numbers)))
+        display.show(running, Event.read(event(2, "metrics", step=1, fvu=0.187, dead_fraction=0.002, loss=0.08)))
     assert "876k/1.16M tokens, 5,830/s" in text_of(screen)
     assert "FVU 0.187  dead 0.2%" in text_of(screen)
     assert "\u2026" not in text_of(screen)
@@ -281,8 +281,8 @@ def test_failure_is_shown_with_its_reason(terminal: bool) -> None:
     screen = console(terminal=terminal)
     failed = job(state="failed", error={"code": "x", "message": "the store [act_1] is damaged"})
     with make_display(True, screen) as display:
-        display.begin(Job.model_validate(job(state="running")))
-        display.end(Job.model_validate(failed))
+        display.begin(Job.read(job(state="running")))
+        display.end(Job.read(failed))
     assert "the store [act_1] is damaged" in text_of(screen)
 
 

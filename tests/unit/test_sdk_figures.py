@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 import pytest
 
 from gnomon.errors import NotFound
+from gnomon.events import TrainingMeasured, event_json
 from gnomon.figures import alignment_histogram, density_histogram, training_curves
+from gnomon.metrics import DensityHistogram, DictionaryMetrics, Histogram
 from gnomon.resources import Event
+from tests.support.metrics import make_alignment
 
 
 def metrics_event(number: int, step: int, fvu: float) -> Event:
     """A metrics event."""
-    data = {"step": step, "fvu": fvu, "l0": 32.0, "dead_fraction": 0.0, "alignment_min": 1.0}
+    told = TrainingMeasured(
+        step=step, tokens=step, loss=fvu, objective=fvu, fvu=fvu, explained_variance=1 - fvu, l0=32.0,
+        dead_fraction=0.0, lr=1e-3, grad_norm=1.0, alignment_min=1.0,
+    )  # fmt: skip
+    data = event_json(told)
     return Event(id=number, job_id="j", attempt=1, kind="metrics", created_at=datetime.now(UTC), data=data)
 
 
 def test_histograms_show_every_bin() -> None:
-    metrics: dict[str, Any] = {
-        "alignment": {"histogram": {"edges": [0.0, 0.5, 1.0], "counts": [3, 5]}},
-        "density_histogram": {"log10_edges": [-2.0, -1.5, -1.0], "counts": [1, 2]},
-    }
+    metrics = DictionaryMetrics(
+        alignment=make_alignment(histogram=Histogram(edges=(0.0, 0.5, 1.0), counts=(3, 5))),
+        density_histogram=DensityHistogram(log10_edges=(-2.0, -1.5, -1.0), counts=(1, 2)),
+    )
     assert list(alignment_histogram(metrics).data[0].y) == [3, 5]
     assert list(density_histogram(metrics).data[0].x) == [-2.0, -1.5]
 
@@ -50,6 +56,6 @@ def test_a_curve_that_a_variant_does_not_have_is_left_out() -> None:
 
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(NotFound, match="density_histogram"):
-        density_histogram({})
+        density_histogram(DictionaryMetrics())
     with pytest.raises(NotFound, match="no metrics"):
         training_curves([])

@@ -18,7 +18,7 @@ from gnomon.specs.activations import (
     TopK,
     chooses_k,
 )
-from gnomon.specs.base import DictionaryId, Dtype, HookName, JobId, Spec, StoreId, Url
+from gnomon.specs.base import DictionaryId, Document, Dtype, HookName, JobId, Spec, StoreId, Url, unread_fields
 from gnomon.specs.evaluate import EvaluateSpec, Evaluation
 from gnomon.specs.harvest import (
     ConcatPacking,
@@ -29,7 +29,7 @@ from gnomon.specs.harvest import (
     Packing,
     TextSource,
 )
-from gnomon.specs.request import JobRequest, JobSpec
+from gnomon.specs.request import AnySpec, JobRequest, JobSpec, UnknownSpec
 from gnomon.specs.train import Adam, Alignment, Mesh, Schedule, StoredActivations, TrainSpec, TrainVariant, check_shape
 
 __all__ = [
@@ -38,10 +38,12 @@ __all__ = [
     "Activation",
     "Adam",
     "Alignment",
+    "AnySpec",
     "AuxK",
     "BatchTopK",
     "ConcatPacking",
     "DictionaryId",
+    "Document",
     "DocumentPacking",
     "DropPolicy",
     "Dtype",
@@ -68,7 +70,9 @@ __all__ = [
     "TopK",
     "TrainSpec",
     "TrainVariant",
+    "UnknownSpec",
     "Url",
     "check_shape",
     "chooses_k",
+    "unread_fields",
 ]

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
-from pydantic import Field, StringConstraints
+from pydantic import (
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
 
-from gnomon.specs.base import Spec
+from gnomon.specs.base import Document, Spec
 from gnomon.specs.evaluate import EvaluateSpec
 from gnomon.specs.harvest import HarvestSpec
 from gnomon.specs.train import TrainSpec
 
 JobSpec = Annotated[HarvestSpec | TrainSpec | EvaluateSpec, Field(discriminator="kind")]
+
+
+class UnknownSpec(Document):
+    """A spec that this release cannot read: of a kind, or with a value, that a newer one has."""
+
+    kind: str
+    fields: dict[str, Any]
+    """The spec as it was submitted, unread."""
+
+    @model_serializer
+    def _as_submitted(self) -> dict[str, Any]:
+        return self.fields
+
+
+def _read(data: Any, read: ValidatorFunctionWrapHandler) -> HarvestSpec | TrainSpec | EvaluateSpec | UnknownSpec:
+    try:
+        return cast("HarvestSpec | TrainSpec | EvaluateSpec | UnknownSpec", read(data))
+    except ValidationError:
+        if not (isinstance(data, dict) and isinstance(data.get("kind"), str)):
+            raise
+        return UnknownSpec(kind=data["kind"], fields=data)
+
+
+AnySpec = Annotated[HarvestSpec | TrainSpec | EvaluateSpec | UnknownSpec, WrapValidator(_read)]
+"""The spec of a job that may be of another release."""
 
 
 class JobRequest(Spec):

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, RowMapping, Select, Table, func, literal, select, tuple_
 
 from gnomon.errors import InvalidRequest, NotFound
-from gnomon.resources import ActivationStore, Cluster, Dictionary, Event, Job, JobState, Page, Resource
+from gnomon.resources import ActivationStoreRecord, ClusterState, DictionaryRecord, Event, Job, JobState, Page
+from gnomon.specs.base import Document
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import (
     activation_stores,
@@ -23,7 +24,7 @@ from gnomon_service.db.tables import (
     jobs,
 )
 
-R = TypeVar("R", bound=Resource)
+R = TypeVar("R", bound=Document)
 MAX_PAGE = 200
 
 _TIMES = ("created_at", "started_at", "finished_at", "expires_at", "revoked_at", "seen_at")
@@ -93,7 +94,7 @@ def list_events(
         .order_by(job_events.c.id)
         .limit(limit)
     )
-    events = [Event.model_validate(with_times(row)) for row in rows.mappings()]
+    events = [Event.read(with_times(row)) for row in rows.mappings()]
     last = events[-1].id if events else after
     return events, job.finished_at is not None and last >= job.n_events
 
@@ -112,54 +113,58 @@ def _as_jobs(connection: Connection, rows: Sequence[RowMapping]) -> list[Job]:
 
 def _as_job(row: RowMapping, depends_on: Sequence[str]) -> Job:
     error = {"code": row["error_code"], "message": row["error_message"] or ""} if row["error_code"] else None
-    return Job.model_validate({**with_times(row), "depends_on": depends_on, "error": error})
+    return Job.read({**with_times(row), "depends_on": depends_on, "error": error})
 
 
 # ---------------------------------------------------------------------------------------------- the rest
 
 
-def read_store(connection: Connection, project: str, store_id: str) -> ActivationStore:
+def read_store(connection: Connection, project: str, store_id: str) -> ActivationStoreRecord:
     """One activation store; raises NotFound, code "store_not_found"."""
     row = _one(connection, activation_stores, project, store_id)
     if row is None:
         raise _absent("activation store", store_id, code="store_not_found")
-    return ActivationStore.model_validate(with_times(row))
+    return ActivationStoreRecord.read(with_times(row))
 
 
-def find_store(connection: Connection, project: str, store_id: str) -> ActivationStore | None:
+def find_store(connection: Connection, project: str, store_id: str) -> ActivationStoreRecord | None:
     """One activation store, or None."""
     row = _one(connection, activation_stores, project, store_id)
-    return None if row is None else ActivationStore.model_validate(with_times(row))
+    return None if row is None else ActivationStoreRecord.read(with_times(row))
 
 
-def list_stores(connection: Connection, project: str, *, cursor: str | None, limit: int) -> Page[ActivationStore]:
+def list_stores(connection: Connection, project: str, *, cursor: str | None, limit: int) -> Page[ActivationStoreRecord]:
     """Activation stores, newest first."""
     statement = select(activation_stores).where(activation_stores.c.project == project)
     rows, next_cursor = _page(connection, statement, activation_stores, cursor=cursor, limit=limit)
-    return Page[ActivationStore](
-        items=[ActivationStore.model_validate(with_times(row)) for row in rows], next_cursor=next_cursor
+    return Page[ActivationStoreRecord](
+        items=[ActivationStoreRecord.read(with_times(row)) for row in rows], next_cursor=next_cursor
     )
 
 
-def read_dictionary(connection: Connection, project: str, dictionary_id: str) -> Dictionary:
+def read_dictionary(connection: Connection, project: str, dictionary_id: str) -> DictionaryRecord:
     """One dictionary; raises NotFound, code "dictionary_not_found"."""
     row = _one(connection, dictionaries, project, dictionary_id)
     if row is None:
         raise _absent("dictionary", dictionary_id, code="dictionary_not_found")
-    return Dictionary.model_validate(with_times(row))
+    return DictionaryRecord.read(with_times(row))
 
 
-def list_dictionaries(connection: Connection, project: str, *, cursor: str | None, limit: int) -> Page[Dictionary]:
+def list_dictionaries(
+    connection: Connection, project: str, *, cursor: str | None, limit: int
+) -> Page[DictionaryRecord]:
     """Dictionaries, newest first."""
     statement = select(dictionaries).where(dictionaries.c.project == project)
     rows, next_cursor = _page(connection, statement, dictionaries, cursor=cursor, limit=limit)
-    return Page[Dictionary](items=[Dictionary.model_validate(with_times(row)) for row in rows], next_cursor=next_cursor)
+    return Page[DictionaryRecord](
+        items=[DictionaryRecord.read(with_times(row)) for row in rows], next_cursor=next_cursor
+    )
 
 
-def read_cluster(connection: Connection) -> Cluster:
+def read_cluster(connection: Connection) -> ClusterState:
     """What the dispatcher last saw of the cluster; `seen_at` is None if it never saw one."""
     row = connection.execute(select(cluster)).mappings().one_or_none()
-    return Cluster.model_validate(with_times(row)) if row is not None else Cluster()
+    return ClusterState.read(with_times(row)) if row is not None else ClusterState()
 
 
 def dispatcher_age_s(connection: Connection) -> float | None:

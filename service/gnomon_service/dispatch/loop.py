@@ -20,6 +20,7 @@ from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.jobs.held import HeldJob, Lease, Wish
 from gnomon_service.jobs.leases import Leases
 from gnomon_service.settings import Settings
+from gnomon_storage.layout import ProjectLayout
 from gnomon_workers.runtime.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
 
 logger = logging.getLogger(__name__)
@@ -264,7 +265,7 @@ def make_assignment(held: HeldJob, settings: Settings) -> Assignment:
         project=held.project,
         kind=held.kind,
         spec=held.spec,
-        storage_root=f"{settings.project_root}/{held.project}",
+        storage_root=ProjectLayout.of(settings.project_root, held.project).root.url,
         input_roots=settings.input_roots,
         store_id=held.store_id,
         dictionary_id=held.dictionary_id,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from gnomon.errors import Conflict, CorruptArtifact, NotFound
-from gnomon.resources import TERMINAL_STATES, Dictionary, HarvestResult
+from gnomon.resources import TERMINAL_STATES, DictionaryRecord, HarvestResult
 from gnomon.specs import HarvestSpec, TrainSpec
+from gnomon.specs.base import Document
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import activation_stores, dictionaries, jobs
 from gnomon_storage.location import Location
@@ -20,10 +21,8 @@ _NAME_LENGTH: Final = 128
 """Of a dictionary's name, at most: the database's."""
 
 
-class StoreRecord(BaseModel):
-    """What a harvest says of the store it sealed; further fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class HarvestRecord(Document):
+    """What a harvest says of the store it sealed."""
 
     n_rows: int
     n_held_out_rows: int
@@ -31,7 +30,7 @@ class StoreRecord(BaseModel):
     hooks: dict[str, int]
 
 
-def find_store(connection: Connection, project: str, store_id: str) -> RowMapping | None:
+def lock_store(connection: Connection, project: str, store_id: str) -> RowMapping | None:
     """The row of a store, locked until the transaction ends; None if the project has no such store."""
     statement = (
         select(activation_stores)
@@ -66,10 +65,10 @@ def begin_store(
     )
 
 
-def seal_store(connection: Connection, job: RowMapping, record: Mapping[str, Any]) -> None:
+def keep_store(connection: Connection, job: RowMapping, record: Mapping[str, Any]) -> None:
     """Note what the job's harvest left; raises CorruptArtifact if the record is not one."""
     try:
-        fields = StoreRecord.model_validate(record)
+        fields = HarvestRecord.read(record)
     except ValidationError as error:
         raise _unusable(job, _wrong_fields(error)) from error
     connection.execute(
@@ -100,7 +99,7 @@ def delete_store(connection: Connection, project: str, store_id: str) -> None:
     the row still says "sealed", the next user of the store finds it damaged, and deleting it again is right.
     Raises NotFound, and Conflict, code "store_in_use", while a job that has not ended reads or makes it.
     """
-    store = find_store(connection, project, store_id)
+    store = lock_store(connection, project, store_id)
     if store is None:
         raise NotFound(f"no activation store {store_id!r} in this project", code="store_not_found")
     users = select(jobs.c.id).where(
@@ -127,9 +126,9 @@ def result_of_sealed(store: RowMapping) -> dict[str, Any]:
     ).model_dump(mode="json")
 
 
-def publish(connection: Connection, job: RowMapping, records: Sequence[Mapping[str, Any]]) -> None:
+def keep_dictionaries(connection: Connection, job: RowMapping, records: Sequence[Mapping[str, Any]]) -> None:
     """Add the dictionaries that a job trained; raises CorruptArtifact if the records are not those of its variants."""
-    variants = TrainSpec.model_validate(job["spec"]).variant_names
+    variants = TrainSpec.read(job["spec"]).variant_names
     if len(records) != len(variants):
         raise _unusable(job, f"{len(records)} records for {len(variants)} dictionaries")
     ids = dictionary_ids(job["dictionary_id"], len(variants))
@@ -141,10 +140,16 @@ def publish(connection: Connection, job: RowMapping, records: Sequence[Mapping[s
             "store_id": job["store_id"],
         }
         try:
-            fields = Dictionary.model_validate({"created_at": 0, **record, **known})
+            fields = DictionaryRecord.read({"created_at": 0, **record, **known})
         except ValidationError as error:
             raise _unusable(job, _wrong_fields(error)) from error
-        values = {**fields.model_dump(), "project": job["project"], "created_at": database_now()}
+        # the metrics as the workers gave them: those of a newer release may have more
+        values = {
+            **fields.model_dump(),
+            "metrics": record["metrics"],
+            "project": job["project"],
+            "created_at": database_now(),
+        }
         connection.execute(insert(dictionaries).values(values))
 
 

@@ -7,7 +7,7 @@ raises LeaseLost, and whoever gets that must stop. Times are the database's.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from sqlalchemy import (
     ColumnElement,
@@ -25,11 +25,12 @@ from sqlalchemy import (
 )
 
 from gnomon.errors import LeaseLost
+from gnomon.events import Logged, Progressed
 from gnomon.resources import JobKind
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import attempts, job_dependencies, jobs
 from gnomon_service.jobs.held import HeldJob, Lease, RetryPolicy, Wish
-from gnomon_service.jobs.transitions import BY_USER, add_events, clean, end, move, requeue
+from gnomon_service.jobs.transitions import BY_USER, add_events, as_row, clean, end, move, requeue
 
 _HELD_STATES = ("scheduled", "running")
 
@@ -74,8 +75,8 @@ class Leases:
             return [self._adopt_one(connection, job_id, owner) for job_id in job_ids]
 
     def _adopt_one(self, connection: Connection, job_id: str, owner: str) -> HeldJob:
-        event = ("log", {"message": "taken over by another dispatcher", "owner": owner})
-        row = add_events(connection, jobs.c.id == job_id, [event], **self._lease_values(owner))
+        event = Logged(message="taken over by another dispatcher", owner=owner)
+        row = add_events(connection, jobs.c.id == job_id, [as_row(event)], **self._lease_values(owner))
         assert row is not None, "a row that this transaction locked"
         seq = connection.execute(
             update(attempts)
@@ -255,9 +256,11 @@ def _ready() -> Select[tuple[str]]:
         attempts.c.job_id == other.c.id,
         or_(other.c.id == jobs.c.id, is_same_store),
     )
+    # a job of a kind that only a newer release knows is left to that one's dispatcher
+    is_known = jobs.c.kind.in_(get_args(JobKind))
     return (
         select(jobs.c.id)
-        .where(jobs.c.state == "queued", jobs.c.not_before <= database_now(), ~is_blocked, ~is_unreleased)
+        .where(is_known, jobs.c.state == "queued", jobs.c.not_before <= database_now(), ~is_blocked, ~is_unreleased)
         .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=jobs)
@@ -271,7 +274,7 @@ def _attempt_of(lease: Lease) -> Select[Any]:
 
 
 def _progress(reports: Sequence[tuple[int, str, Mapping[str, Any]]]) -> dict[str, Any]:
-    shown = [data for _, kind, data in reports if kind == "progress"]
+    shown = [data for _, kind, data in reports if kind == Progressed.kind]
     return {"progress": clean(dict(shown[-1]))} if shown else {}
 
 

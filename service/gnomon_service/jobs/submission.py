@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +9,17 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, insert, select, text
 
 from gnomon.errors import Conflict
+from gnomon.events import StateChanged
 from gnomon.resources import TERMINAL_STATES, Job
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.reads import read_job
 from gnomon_service.db.tables import job_dependencies, job_events, jobs
-from gnomon_service.jobs.artifacts import begin_store, find_store, result_of_sealed
+from gnomon_service.jobs.artifacts import begin_store, lock_store, result_of_sealed
 from gnomon_service.jobs.ids import make_id
-from gnomon_service.jobs.transitions import cancel, end
+from gnomon_service.jobs.transitions import as_row, cancel, end
+from gnomon_storage.digests import combine
+from gnomon_storage.layout import ProjectLayout
 
 _SUBMIT_LOCK = 7_600_002
 
@@ -46,8 +47,7 @@ class Plan:
 
 def hash_body(request: JobRequest) -> str:
     """SHA-256 of what the request asks for; order and spelling of its JSON do not matter."""
-    canonical = json.dumps(request.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return combine(request.model_dump(mode="json"))
 
 
 class Queue:
@@ -95,7 +95,7 @@ class Queue:
             "max_attempts": request.max_attempts,
             "deadline_at": None if request.deadline_s is None else database_now() + request.deadline_s,
         }
-        store = find_store(connection, project, plan.store_id)
+        store = lock_store(connection, project, plan.store_id)
         is_sealed = store is not None and store["state"] == "sealed"
         live = None if store is None or is_sealed else _live_job(connection, store["job_id"])
         _insert_job(
@@ -133,7 +133,7 @@ class Queue:
             spec = harvest.model_dump(mode="json")
             _insert_job(connection, common, id=harvest_id, kind="harvest", spec=spec, made_for=job_id)
             _depend(connection, job_id, harvest_id)
-        location = f"{self._project_root}/{project}/activations/{store_id}"
+        location = ProjectLayout.of(self._project_root, project).store(store_id).url
         begin_store(connection, project, store_id, harvest_id, spec=harvest, location=location)
 
 
@@ -179,15 +179,9 @@ def _insert_job(connection: Connection, common: Mapping[str, Any], **values: Any
         {**common, **values, "state": "queued", "created_at": database_now(), "n_events": 1}
     )
     row = connection.execute(statement.returning(jobs)).mappings().one()
+    kind, data = as_row(StateChanged(to="queued"))
     connection.execute(
-        insert(job_events).values(
-            job_id=row["id"],
-            id=1,
-            attempt=0,
-            kind="state",
-            created_at=database_now(),
-            data={"from": None, "to": "queued"},
-        )
+        insert(job_events).values(job_id=row["id"], id=1, attempt=0, kind=kind, created_at=database_now(), data=data)
     )
     return row
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, select, update
 
-from gnomon.resources import TERMINAL_STATES, JobState
+from gnomon.events import TERMINAL_STATES, EventData, JobState, Logged, StateChanged, event_json
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import attempts, job_dependencies, job_events, jobs, legal_transitions
-from gnomon_service.jobs.artifacts import fail_store, publish, seal_store
+from gnomon_service.jobs.artifacts import fail_store, keep_dictionaries, keep_store
 
 BY_USER = "cancelled by the user"
 
@@ -44,8 +44,13 @@ def move(
     )
     row = connection.execute(statement).mappings().one_or_none()
     if row is not None:
-        _insert_events(connection, row, [("state", {"from": old.state, "to": to, **data})])
+        _insert_events(connection, row, [as_row(StateChanged(before=old.state, to=to, **data))])
     return row
+
+
+def as_row(told: EventData) -> tuple[str, dict[str, Any]]:
+    """An event as (kind, data)."""
+    return told.kind, event_json(told)
 
 
 def add_events(
@@ -141,10 +146,10 @@ def close_attempt(
 
 def _keep_result(connection: Connection, row: RowMapping, result: Mapping[str, Any]) -> None:
     if row["kind"] == "train":
-        publish(connection, row, clean(result.get("records", [])))
+        keep_dictionaries(connection, row, clean(result.get("records", [])))
     if row["kind"] != "harvest" or row["attempt"] == 0:
         return
-    seal_store(connection, row, clean(dict(result.get("record", {}))))
+    keep_store(connection, row, clean(dict(result.get("record", {}))))
     for twin in _waiting_for(connection, row["id"]):
         if twin["kind"] == "harvest":
             again = {**result, "n_tokens": 0, "tokens_per_s": None}
@@ -191,7 +196,7 @@ def cancel(connection: Connection, where: ColumnElement[bool]) -> None:
     if end(connection, waiting, "cancelled", code="cancelled", message=BY_USER) is not None:
         return
     busy = jobs.c.state.in_(("scheduled", "running")) & ~jobs.c.cancel_requested
-    add_events(connection, where & busy, [("log", {"message": "cancel requested"})], cancel_requested=True)
+    add_events(connection, where & busy, [as_row(Logged(message="cancel requested"))], cancel_requested=True)
 
 
 def clean(value: Any) -> Any:

@@ -12,7 +12,7 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -33,7 +33,8 @@ from gnomon.specs import (
 
 if TYPE_CHECKING:
     from gnomon.client import Client
-    from gnomon.resources import Job
+    from gnomon.metrics import DictionaryMetrics
+from gnomon.resources import Job
 
 app = typer.Typer()
 
@@ -142,7 +143,7 @@ def make_spec(model: Path, text: Path, *, activation: str, n_steps: int) -> Trai
     )
 
 
-def result_table(metrics: dict[str, Any], rates: dict[str, float], wall_s: float) -> Table:
+def result_table(metrics: DictionaryMetrics, rates: dict[str, float], wall_s: float) -> Table:
     """What was measured on held-out text, with what each number means."""
     table = Table(title="Measured on held-out text", title_justify="left")
     table.add_column("metric")
@@ -154,14 +155,16 @@ def result_table(metrics: dict[str, Any], rates: dict[str, float], wall_s: float
     return table
 
 
-def _rows(metrics: dict[str, Any], rates: dict[str, float]) -> list[tuple[str, str, str]]:
-    alignment = metrics.get("alignment") or {}
-    lowest, median, highest = (_number(alignment.get(name), ".7f") for name in ("min", "p50", "max"))
+def _rows(metrics: DictionaryMetrics, rates: dict[str, float]) -> list[tuple[str, str, str]]:
+    scores = metrics.alignment
+    lowest, median, highest = (
+        _number(score, ".7f") for score in ((scores.min, scores.p50, scores.max) if scores else (None,) * 3)
+    )
     return [
-        ("FVU", _number(metrics.get("fvu"), ".4f"), "variance not explained; 0 is perfect"),
-        ("L0", _number(metrics.get("l0"), ".1f"), "active features per token"),
-        ("dead features", _number(metrics.get("dead_fraction"), ".2%"), "share that no longer fires"),
-        ("CE loss score", _number(metrics.get("ce_loss_score"), ".4f"), "1: the model works as before"),
+        ("FVU", _number(metrics.fvu, ".4f"), "variance not explained; 0 is perfect"),
+        ("L0", _number(metrics.l0, ".1f"), "active features per token"),
+        ("dead features", _number(metrics.dead_fraction, ".2%"), "share that no longer fires"),
+        ("CE loss score", _number(metrics.ce_loss_score, ".4f"), "1: the model works as before"),
         ("alignment, lowest", lowest, "encoder . decoder of a feature"),
         ("alignment, median", median, ""),
         ("alignment, highest", highest, ""),
@@ -169,9 +172,9 @@ def _rows(metrics: dict[str, Any], rates: dict[str, float]) -> list[tuple[str, s
     ]
 
 
-def stage_rates(client: Client, job: Job, metrics: dict[str, Any]) -> dict[str, float]:
+def stage_rates(client: Client, job: Job, metrics: DictionaryMetrics) -> dict[str, float]:
     """Tokens a second of each stage that had something to do."""
-    rates = dict(metrics.get("tokens_per_s") or {})
+    rates = {phase: rate for phase, rate in (metrics.tokens_per_s or {}).items() if rate is not None}
     for job_id in job.depends_on:
         harvested = (client.job(job_id).job.result or {}).get("tokens_per_s")
         if harvested is not None:

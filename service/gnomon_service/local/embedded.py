@@ -22,7 +22,7 @@ import httpx2
 from gnomon.errors import Conflict, Unauthenticated, Unavailable
 from gnomon_service.db.engine import Database
 from gnomon_service.dispatch.cluster_state import Observations
-from gnomon_service.local.processes import MARKER, Child, Supervisor, accepts_connections, free_port, sweep
+from gnomon_service.local.processes import MARKER, Child, ChildProcesses, accepts_connections, free_port, sweep
 from gnomon_service.local.ray_head import HOST, LocalRay, without_ray
 from gnomon_service.settings import Settings
 from gnomon_service.tenancy.keys import DEFAULT_PROJECT, SCOPES, Keys
@@ -45,7 +45,7 @@ class Embedded:
         self.settings = settings
         self.url = ""
         self.key = ""
-        self._supervisor = Supervisor()
+        self._supervisor = ChildProcesses()
         self._marker = uuid.uuid4().hex
         self._ray: LocalRay | None = None
         self._stack = contextlib.ExitStack()

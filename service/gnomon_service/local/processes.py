@@ -95,7 +95,7 @@ class Child:
             return ""
 
 
-class Supervisor:
+class ChildProcesses:
     """Keeps children running until it is stopped."""
 
     def __init__(self) -> None:

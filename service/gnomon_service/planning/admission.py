@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from gnomon.errors import Conflict, InvalidRequest
-from gnomon.resources import ActivationStore, Cluster
+from gnomon.resources import ActivationStoreRecord, ClusterState
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, Mesh, StoredActivations, TrainSpec
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import find_store, read_cluster, read_dictionary, read_store
 from gnomon_service.jobs.submission import Plan
 from gnomon_service.settings import Settings
-from gnomon_storage.activations import ActivationStore as StoredRows
+from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_workers.harvest.identity import store_id as id_of_store
 from gnomon_workers.harvest.text import check_text
@@ -138,7 +138,7 @@ def _check_shape(spec: TrainSpec, d_in: int | None, database: Database) -> None:
             _check_mesh(spec, spec.mesh, d_sae, read_cluster(connection))
 
 
-def _check_mesh(spec: TrainSpec, mesh: Mesh, d_sae: int | None, cluster: Cluster) -> None:
+def _check_mesh(spec: TrainSpec, mesh: Mesh, d_sae: int | None, cluster: ClusterState) -> None:
     """Raise InvalidRequest if the cluster, as it was last seen, cannot hold the mesh."""
     if cluster.seen_at is None:
         return
@@ -180,6 +180,6 @@ def _check_evaluate(spec: EvaluateSpec, project: str, database: Database) -> Pla
     return Plan(spec=spec, store_id=store.id)
 
 
-def _check_bytes(store: ActivationStore) -> None:
+def _check_bytes(store: ActivationStoreRecord) -> None:
     """Raise CorruptArtifact if the store's files are not all there in full size."""
-    StoredRows.open(Location.open(store.location)).check_quick()
+    ActivationStore.open(Location.open(store.location)).check_quick()

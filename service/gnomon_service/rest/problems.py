@@ -21,13 +21,13 @@ _MAX_SHOWN = 80
 _CODES = {404: "no_such_route", 405: "method_not_allowed", 408: "body_timeout"}
 
 
-class Problem(JSONResponse):
+class ProblemResponse(JSONResponse):
     """A problem+json response."""
 
     media_type = "application/problem+json"
 
 
-def as_problem(error: GnomonError) -> Problem:
+def as_problem(error: GnomonError) -> ProblemResponse:
     """The response that stands for one of Gnomon's errors."""
     headers: dict[str, str] = {}
     if isinstance(error, Unauthenticated):
@@ -39,7 +39,7 @@ def as_problem(error: GnomonError) -> Problem:
 
 def make_problem(
     status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **facts: Any
-) -> Problem:
+) -> ProblemResponse:
     """A problem response; facts become members beside the standard ones."""
     content = {
         "type": f"urn:gnomon:problem:{code}",
@@ -48,7 +48,7 @@ def make_problem(
         "detail": detail,
         "code": code,
     }
-    return Problem({**clean(facts), **clean(content)}, status_code=status, headers=dict(headers or {}))
+    return ProblemResponse({**clean(facts), **clean(content)}, status_code=status, headers=dict(headers or {}))
 
 
 def add_problem_handlers(app: FastAPI) -> None:
@@ -59,14 +59,14 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_unexpected)
 
 
-async def _on_gnomon_error(request: Request, error: Exception) -> Problem:
+async def _on_gnomon_error(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, GnomonError)
     if error.status >= 500:
         logger.error("request failed", extra={"route": request.url.path, "code": error.code}, exc_info=error)
     return as_problem(error)
 
 
-async def _on_http_error(request: Request, error: Exception) -> Problem:
+async def _on_http_error(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code, "bad_request")
     detail = str(error.detail)
@@ -77,13 +77,13 @@ async def _on_http_error(request: Request, error: Exception) -> Problem:
     return make_problem(error.status_code, code, detail, headers=error.headers)
 
 
-async def _on_unexpected(request: Request, error: Exception) -> Problem:
+async def _on_unexpected(request: Request, error: Exception) -> ProblemResponse:
     # Starlette raises the error again after this response, and the server logs it with its traceback.
     logger.error("unexpected error", extra={"route": request.url.path, "error": type(error).__name__})
     return make_problem(500, "internal", "the service failed to answer; its log says why")
 
 
-async def _on_invalid(_: Request, error: Exception) -> Problem:
+async def _on_invalid(_: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)
     errors = [describe(item, error.body) for item in error.errors()]
     detail = "; ".join(item["message"] for item in errors[:5])

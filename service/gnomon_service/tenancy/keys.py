@@ -68,14 +68,14 @@ class Keys:
         }
         with self._database.write() as connection:
             row = connection.execute(insert(api_keys).values(values).returning(api_keys)).mappings().one()
-        return NewApiKey.model_validate({**with_times(row), "key": text})
+        return NewApiKey.read({**with_times(row), "key": text})
 
     def list(self, project: str) -> list[ApiKey]:
         """Every key of a project, newest first, revoked and expired ones included."""
         statement = select(api_keys).where(api_keys.c.project == project)
         with self._database.read() as connection:
             rows = connection.execute(statement.order_by(api_keys.c.created_at.desc(), api_keys.c.id))
-            return [ApiKey.model_validate(with_times(row)) for row in rows.mappings()]
+            return [ApiKey.read(with_times(row)) for row in rows.mappings()]
 
     def revoke(self, project: str, key_id: str) -> None:
         """Refuse a key from now on; harmless if it was revoked before. Raises NotFound."""

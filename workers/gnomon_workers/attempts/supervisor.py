@@ -12,7 +12,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from gnomon.errors import GnomonError
+from pydantic import ValidationError
+
+from gnomon.errors import GnomonError, InvalidRequest
+from gnomon.events import Logged
+from gnomon.specs import EvaluateSpec, HarvestSpec, Spec, TrainSpec
+from gnomon.specs.base import explain, unread_fields
 from gnomon_workers.evaluate.job import run_evaluate
 from gnomon_workers.harvest.job import run_harvest
 from gnomon_workers.runtime.protocol import Assignment, Outcome, Poll
@@ -21,10 +26,10 @@ from gnomon_workers.train.job import run_train
 
 logger = logging.getLogger(__name__)
 
-RUNNERS: Final[Mapping[str, Callable[[Assignment, Reporter], Mapping[str, Any]]]] = {
-    "harvest": run_harvest,
-    "train": run_train,
-    "evaluate": run_evaluate,
+RUNNERS: Final[Mapping[str, tuple[type[Spec], Callable[[Assignment, Reporter], Mapping[str, Any]]]]] = {
+    "harvest": (HarvestSpec, run_harvest),
+    "train": (TrainSpec, run_train),
+    "evaluate": (EvaluateSpec, run_evaluate),
 }
 
 
@@ -53,8 +58,9 @@ class Supervisor:
         self._reporter.cancel()
 
     def _run(self) -> None:
-        runner = RUNNERS[self._assignment.kind]
+        kind, runner = RUNNERS[self._assignment.kind]
         try:
+            self._check_spec(kind)
             result = runner(self._assignment, self._reporter)
             self._outcome = Outcome(status="succeeded", result=dict(result))
         except Cancelled:
@@ -69,5 +75,20 @@ class Supervisor:
             # The outermost loop of the attempt: whatever it is, the dispatcher must hear of it.
             logger.exception("attempt failed", extra={"job_id": self._assignment.job_id})
             trace = traceback.format_exc(limit=-3)
-            self._reporter.report("log", level="error", message=trace)
+            self._reporter.report(Logged(level="error", message=trace))
             self._outcome = Outcome(status="lost", code="internal", message=f"{type(error).__name__}: {error}")
+
+    def _check_spec(self, kind: type[Spec]) -> None:
+        """Raise InvalidRequest where the spec, of another release, cannot be read; say what of it has no effect."""
+        data = self._assignment.spec
+        try:
+            spec = kind.read(data)
+        except ValidationError as error:
+            raise InvalidRequest(
+                f"these workers cannot read the job's spec ({explain(error)}); the service is of another release: "
+                "run both from the same one, and submit the job again",
+                code="unreadable_spec",
+            ) from error
+        for path in unread_fields(data, spec.model_dump(mode="json")):
+            message = f"{path} is a field that these workers do not know: it has no effect; the service is newer"
+            self._reporter.report(Logged(level="warning", message=message))

@@ -12,20 +12,21 @@ is passed over for the one before. The attempt is part of the name, so a stale a
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 
 from gnomon.errors import CorruptArtifact, GnomonError, NotFound
+from gnomon_storage.digests import fast_digest
 from gnomon_storage.location import Location
 
 FORMAT = "gnomon-checkpoint-1"
+T = TypeVar("T")
 NAME = re.compile(r"^step-(\d{8})\.a(\d{4})$")
 
 
@@ -93,11 +94,16 @@ def committed_checkpoints(folder: Location) -> Iterator[Checkpoint]:
     for _, _, name in sorted(found, reverse=True):
         try:
             raw = folder.child(name, "manifest.json").read_json()
-            if raw.pop("format") == FORMAT:
-                raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-                yield Checkpoint(**raw)
+            if raw["format"] == FORMAT:
+                yield _known(Checkpoint, {**raw, "shards": tuple(_known(Shard, shard) for shard in raw["shards"])})
         except (NotFound, CorruptArtifact, KeyError, TypeError, AttributeError):
             continue
+
+
+def _known(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
+    """What a manifest of any release says, as far as this one knows its fields."""
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: value for name, value in raw.items() if name in names})
 
 
 def latest_common(folders: Sequence[Location]) -> tuple[tuple[Checkpoint, ...] | None, list[str]]:
@@ -140,13 +146,5 @@ def _is_whole(folder: Location, checkpoint: Checkpoint, damaged: list[str]) -> b
 
 def _verify(location: Location, shard: Shard) -> None:
     with location.open_read() as stream:
-        if digest_of(stream) != shard.digest:
+        if fast_digest(stream) != shard.digest:
             raise CorruptArtifact(f"{location.url} is not what was committed (wanted digest {shard.digest[:16]}...)")
-
-
-def digest_of(stream: BinaryIO) -> str:
-    """BLAKE2b-256 of the rest of a stream, hexadecimal."""
-    digest = hashlib.blake2b(digest_size=32)
-    while block := stream.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()

@@ -5,20 +5,19 @@ The format is that of the safetensors library, which reads these files; bytes de
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 import torch
 from torch import Tensor
 
 from gnomon.errors import CorruptArtifact
+from gnomon.safetensors_header import TensorInfo, encode_header, read_header
 from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 
 PIECE_BYTES: Final = 16 << 20
 """What is copied at once: all that a device's tensors need of the host's memory."""
-MAX_HEADER_BYTES: Final = 1 << 20
 _DTYPES: Final[Mapping[torch.dtype, str]] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -31,7 +30,10 @@ _DTYPES: Final[Mapping[torch.dtype, str]] = {
 }
 
 
-class Rows(Protocol):
+_ABSENT: Final = TensorInfo(dtype="none", shape=(0,), start=0, stop=0)
+
+
+class PiecewiseTensor(Protocol):
     """What a tensor of a file is written from, where no tensor holds it whole."""
 
     @property
@@ -44,27 +46,18 @@ class Rows(Protocol):
         """Ranges of rows, in order; each is done with before the next is asked for."""
 
 
-def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor | Rows]) -> int:
+def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor | PiecewiseTensor]) -> int:
     """Write tensors in the order of their names; returns the size of the file."""
-    header: dict[str, Any] = {}
-    position = 0
     # Every tensor begins at a multiple of its item's size if the larger items come first.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in names:
-        tensor = tensors[name]
-        n_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize
-        extent = [position, position + n_bytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": extent}
-        position += n_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
+    prefix, header = encode_header({name: (_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names})
+    stream.write(prefix)
     for name in names:
         tensor = tensors[name]
         for piece in pieces(tensor) if isinstance(tensor, Tensor) else tensor.pieces():
             stream.write(_raw(piece.contiguous().cpu()))
         failpoint(Failpoint.COPY_DURING)
-    return 8 + len(text) + position
+    return header.n_bytes + max((info.stop for info in header.tensors.values()), default=0)
 
 
 class TensorReader:
@@ -73,29 +66,25 @@ class TensorReader:
     def __init__(self, stream: BinaryIO) -> None:
         """A seekable stream; raises CorruptArtifact where it does not begin like a safetensors file."""
         self._stream = stream
-        n_bytes = int.from_bytes(stream.read(8), "little")
-        if not 0 < n_bytes <= MAX_HEADER_BYTES:
-            raise CorruptArtifact(f"a safetensors header of {n_bytes} bytes; at most {MAX_HEADER_BYTES} are read")
         try:
-            self._header: dict[str, Any] = json.loads(stream.read(n_bytes))
+            self._header = read_header(stream)
         except ValueError as error:
-            raise CorruptArtifact(f"the header of a safetensors file is not JSON: {error}") from error
-        self._base = 8 + n_bytes
+            raise CorruptArtifact(f"{error}; the checkpoint is damaged") from error
 
     def read_rows(self, name: str, start: int, target: Tensor) -> None:
         """Fill `target` (n, ...) with rows [start, start + n) of a tensor.
 
         Raises CorruptArtifact where there is no such tensor, or of another type or shape.
         """
-        entry: dict[str, Any] = self._header.get(name, {"dtype": "none", "shape": [0]})
-        n_rows, dtype, shape = start + len(target), _DTYPES[target.dtype], list(target.shape[1:])
-        if (entry["dtype"], entry["shape"][1:]) != (dtype, shape) or entry["shape"][0] < n_rows:
+        info = self._header.tensors.get(name, _ABSENT)
+        n_rows, dtype, shape = start + len(target), _DTYPES[target.dtype], tuple(target.shape[1:])
+        if (info.dtype, info.shape[1:]) != (dtype, shape) or info.shape[0] < n_rows:
             raise CorruptArtifact(
-                f"tensor {name!r}: wanted {n_rows} rows of {dtype} {shape}, got {entry['dtype']} {entry['shape']}; "
+                f"tensor {name!r}: wanted {n_rows} rows of {dtype} {list(shape)}, got {info.dtype} {list(info.shape)}; "
                 "the checkpoint is of another dictionary"
             )
         row_bytes = target.element_size() * math.prod(target.shape[1:])
-        self._stream.seek(self._base + entry["data_offsets"][0] + start * row_bytes)
+        self._stream.seek(self._header.n_bytes + info.start + start * row_bytes)
         for piece in pieces(target):
             # what is not plain memory of this process is read beside it
             direct = piece.device.type == "cpu" and piece.is_contiguous()

@@ -7,12 +7,12 @@ dictionaries/<id>/attempt-0002/
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from gnomon_storage.digests import fast_digest
 from gnomon_storage.location import Location
 
 MANIFEST: Final = "gnomon.json"
@@ -39,14 +39,9 @@ def publish(folder: Location, local: Path, record: Mapping[str, Any]) -> dict[st
         "location": folder.url,
         "files": {name: file.stat().st_size for name, file in files.items()},
     }
-    digests = {name: _digest(file) for name, file in files.items()}
+    digests = {}
+    for name, file in files.items():
+        with file.open("rb") as stream:
+            digests[name] = fast_digest(stream)
     folder.child(MANIFEST).write_json({"format": FORMAT, "record": whole, "blake2b": digests})
     return whole
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -6,7 +6,6 @@ export too. Hooks of different scales, in crosscoders and transcoders, have thei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from gnomon.dictionary_config import Activation as Kind
+from gnomon.safetensors_header import encode_header
 from gnomon.specs import Activation, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, Shard, open_shard
@@ -113,19 +113,11 @@ def _by_column(hooks: Sequence[HookRows]) -> Array:
 
 def _create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """A float32 safetensors file of the given shapes, and writable views into it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, shape in shapes.items():
-        n_bytes = 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + n_bytes]}
-        position += n_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    prefix, header = encode_header({name: ("F32", shape) for name, shape in shapes.items()}, {"format": "pt"})
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + position)
-    base = 8 + len(text)
+        stream.write(prefix)
+        stream.truncate(header.n_bytes + max(info.stop for info in header.tensors.values()))
     return {
-        name: np.memmap(path, np.float32, "r+", base + header[name]["data_offsets"][0], shape)
-        for name, shape in shapes.items()
+        name: np.memmap(path, np.float32, "r+", header.n_bytes + info.start, info.shape)
+        for name, info in header.tensors.items()
     }

@@ -10,12 +10,14 @@ from typing import Any, Final
 import numpy as np
 
 from gnomon.errors import NotFound
+from gnomon.metrics import DictionaryMetrics
 from gnomon.resources import EvaluateResult
 from gnomon.specs import EvaluateSpec, Evaluation
 from gnomon_storage.activations import ActivationStore
+from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
 from gnomon_workers.dictionaries.folder import published
-from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_metrics, total
+from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_of, total
 from gnomon_workers.evaluate.patching import Hooks
 from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker, load_dictionary
 from gnomon_workers.runtime.devices import Devices
@@ -31,7 +33,7 @@ N_CORES: Final = 4
 class Measured:
     """What an evaluation found."""
 
-    metrics: dict[str, Any]
+    metrics: DictionaryMetrics
     firing_frequency: np.ndarray[tuple[int], np.dtype[np.float64]]
     """(d_sae,) on held-out activations."""
     tokens_per_s: float
@@ -39,17 +41,16 @@ class Measured:
 
 def run_evaluate(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
     """An evaluate job: measure a published dictionary on the held-out text of its own store."""
-    spec = EvaluateSpec.model_validate(assignment.spec)
-    place = Location.open(assignment.storage_root).child("dictionaries", spec.dictionary)
+    spec = EvaluateSpec.read(assignment.spec)
+    place = ProjectLayout.open(assignment.storage_root).dictionary(spec.dictionary)
     record = published(place)
     if record is None:
         raise NotFound(f"no published dictionary {spec.dictionary!r} at {place.url}", code="dictionary_not_found")
     folder = Location.open(record["location"])
     measured = run_evaluation(assignment, reporter, folder, spec.evaluation)
     dictionary = load_dictionary(folder)
-    metrics = {**measured.metrics, "tokens_per_s": {"evaluate": measured.tokens_per_s}}
-    if not dictionary.cfg.is_transcoder:
-        metrics["alignment"] = alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
+    rates: dict[str, float | None] = {"evaluate": measured.tokens_per_s}
+    metrics = measured.metrics.also(DictionaryMetrics(alignment=alignment_of(dictionary), tokens_per_s=rates))
     return EvaluateResult(dictionary_id=spec.dictionary, metrics=metrics).model_dump(mode="json")
 
 
@@ -60,7 +61,7 @@ def run_evaluation(
 
     Reports name the variant, where the dictionary is one of several that the job makes.
     """
-    store = ActivationStore.open(Location.open(assignment.storage_root).child("activations", assignment.store_id))
+    store = ActivationStore.open(ProjectLayout.open(assignment.storage_root).store(assignment.store_id))
     has_logits = store.manifest.model.get("kind_of_model", "causal") == "causal"
     devices = Devices.of_cluster()
     n_workers = devices.n_members if devices.use_gpu else min(N_CORES, devices.n_members)
@@ -79,10 +80,8 @@ def run_evaluation(
     began = time.monotonic()
     core, patch = _gather(task, reporter, began)
     reporter.progress(n_tokens)
-    metrics = core.result(k=config.k, hooks=config.hooks)
-    metrics |= _ce_metrics(patch, evaluation, has_logits=has_logits)
     return Measured(
-        metrics=metrics,
+        metrics=core.result(k=config.k, hooks=config.hooks).also(_ce_metrics(patch, evaluation, has_logits=has_logits)),
         firing_frequency=core.firing_frequency.cpu().numpy(),
         tokens_per_s=n_tokens / (time.monotonic() - began),
     )
@@ -103,11 +102,11 @@ def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreS
     return total([core for core, _ in parts]), total([patch for _, patch in parts])
 
 
-def _ce_metrics(patch: PatchSums | None, evaluation: Evaluation, *, has_logits: bool) -> dict[str, Any]:
+def _ce_metrics(patch: PatchSums | None, evaluation: Evaluation, *, has_logits: bool) -> DictionaryMetrics:
     if patch is not None:
         return patch.result()
     why = "not asked for" if not evaluation.ce else "no held-out text" if has_logits else "the model has no logits"
-    return {"ce_loss_score": None, "kl_score": None, "ce_skipped": why}
+    return DictionaryMetrics(ce_skipped=why)
 
 
 def _n_tokens(store: ActivationStore, evaluation: Evaluation, *, has_logits: bool) -> int:

@@ -19,6 +19,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from gnomon.dictionary import Dictionary
+from gnomon.metrics import AlignmentMetrics, DensityHistogram, DictionaryMetrics, Histogram
+
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 _RARE = 1e-4
 _BLOCK = 4096
@@ -77,7 +80,7 @@ class CoreSums:
         """(d_sae,) share of the activations on which each feature fires."""
         return self.n_fired.double() / self.n_rows
 
-    def result(self, *, k: int | None, hooks: Mapping[str, int] | None = None) -> dict[str, Any]:
+    def result(self, *, k: int | None, hooks: Mapping[str, int] | None = None) -> DictionaryMetrics:
         """The metrics; k is the sparsity that training aimed at, for the calibration of thresholds.
 
         hooks are the joined hooks of a crosscoder with their widths: each has an FVU of its own besides.
@@ -87,36 +90,36 @@ class CoreSums:
         fvu = float(self.residual_squared.sum() / variance.sum())
         l0 = int(self.n_active) / n
         n_never = int((self.n_fired == 0).sum())
-        metrics: dict[str, Any] = {
-            "n_tokens": n,
-            "fvu": fvu,
-            "explained_variance": 1 - fvu,
-            "mse": float(self.residual_squared.sum()) / (n * len(self.x)),
-            "cosine": float(self.cosine) / n,
-            "l2_ratio": float(self.l2_ratio) / n,
-            "relative_reconstruction_bias": float(self.reconstruction_squared / self.x_dot_reconstruction),
-            "l0": l0,
-            "l1": float(self.l1) / n,
-            "n_never_fired": n_never,
-            "fraction_alive": 1 - n_never / len(self.n_fired),
-            "fraction_rare": float((self.firing_frequency < _RARE).double().mean()),
-            "density_histogram": density_histogram(self.firing_frequency),
-        }
-        if k is not None:
-            metrics["l0_over_k"] = l0 / k
+        fvu_by_hook = None
         if hooks is not None:
             residuals, totals = (torch.split(v, list(hooks.values())) for v in (self.residual_squared, variance))
             parts = zip(hooks, residuals, totals, strict=True)
-            metrics["fvu_by_hook"] = {name: float(residual.sum() / whole.sum()) for name, residual, whole in parts}
-        return metrics
+            fvu_by_hook = {name: float(residual.sum() / whole.sum()) for name, residual, whole in parts}
+        return DictionaryMetrics(
+            n_tokens=n,
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            mse=float(self.residual_squared.sum()) / (n * len(self.x)),
+            cosine=float(self.cosine) / n,
+            l2_ratio=float(self.l2_ratio) / n,
+            relative_reconstruction_bias=float(self.reconstruction_squared / self.x_dot_reconstruction),
+            l0=l0,
+            l1=float(self.l1) / n,
+            n_never_fired=n_never,
+            fraction_alive=1 - n_never / len(self.n_fired),
+            fraction_rare=float((self.firing_frequency < _RARE).double().mean()),
+            density_histogram=density_histogram(self.firing_frequency),
+            l0_over_k=l0 / k if k is not None else None,
+            fvu_by_hook=fvu_by_hook,
+        )
 
 
-def density_histogram(firing_frequency: Tensor) -> dict[str, list[float]]:
+def density_histogram(firing_frequency: Tensor) -> DensityHistogram:
     """Histogram of log10 of the firing frequency, half a decade a bin; features that never fire are left out."""
     edges = torch.arange(-8, 0.5, 0.5, dtype=torch.float64)
     fired = firing_frequency[firing_frequency > 0].double().log10()
     counts = torch.histogram(fired.cpu(), edges).hist if len(fired) else torch.zeros(len(edges) - 1)
-    return {"log10_edges": edges.tolist(), "counts": counts.tolist()}
+    return DensityHistogram(log10_edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,22 +137,29 @@ class PatchSums:
     def __add__(self, other: Self) -> Self:
         return type(self)(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> DictionaryMetrics:
         """CE loss score (CE_ablated - CE_patched) / (CE_ablated - CE_original), and the same of KL."""
         n = self.n_predictions
         harm = self.ce_ablated - self.ce_original
-        return {
-            "n_predictions": n,
-            "ce_original": self.ce_original / n,
-            "ce_patched": self.ce_patched / n,
-            "ce_ablated": self.ce_ablated / n,
-            "ce_loss_score": (self.ce_ablated - self.ce_patched) / harm if harm else None,
-            "kl": self.kl_patched / n,
-            "kl_score": 1 - self.kl_patched / self.kl_ablated if self.kl_ablated else None,
-        }
+        return DictionaryMetrics(
+            n_predictions=n,
+            ce_original=self.ce_original / n,
+            ce_patched=self.ce_patched / n,
+            ce_ablated=self.ce_ablated / n,
+            ce_loss_score=(self.ce_ablated - self.ce_patched) / harm if harm else None,
+            kl=self.kl_patched / n,
+            kl_score=1 - self.kl_patched / self.kl_ablated if self.kl_ablated else None,
+        )
 
 
-def alignment_metrics(W_enc: Tensor, W_dec: Tensor) -> dict[str, Any]:
+def alignment_of(dictionary: Dictionary) -> AlignmentMetrics | None:
+    """Alignment scores of a dictionary; None for a transcoder, whose encoder and decoder live in different spaces."""
+    if dictionary.cfg.is_transcoder:
+        return None
+    return alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
+
+
+def alignment_metrics(W_enc: Tensor, W_dec: Tensor) -> AlignmentMetrics:
     """Alignment scores <w, d> of W_enc (d_in, d_sae) and W_dec (d_sae, d_in), from the weights alone.
 
     In float64, a block of features at a time: whole, that would take three times the memory of the weights.
@@ -161,18 +171,18 @@ def alignment_metrics(W_enc: Tensor, W_dec: Tensor) -> dict[str, Any]:
     scores, encoder_norms, decoder_norms = torch.cat(parts, dim=1)
     quantiles = torch.quantile(scores[: 1 << 24], torch.tensor(list(_QUANTILES.values()), dtype=torch.float64))
     counts, edges = torch.histogram(scores.cpu(), 40)
-    return {
-        "min": float(scores.min()),
-        "median": float(scores.median()),
-        "max": float(scores.max()),
+    return AlignmentMetrics(
+        min=float(scores.min()),
+        median=float(scores.median()),
+        max=float(scores.max()),
         **dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
-        "fraction_below_half": float((scores < 0.5).double().mean()),
-        "max_deviation": float((scores - 1).abs().max()),
-        "sarle_coefficient": sarle_coefficient(scores),
-        "mean_cosine": float((scores / (encoder_norms * decoder_norms).clamp_min(1e-300)).mean()),
-        "mean_encoder_norm": float(encoder_norms.mean()),
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-    }
+        fraction_below_half=float((scores < 0.5).double().mean()),
+        max_deviation=float((scores - 1).abs().max()),
+        sarle_coefficient=sarle_coefficient(scores),
+        mean_cosine=float((scores / (encoder_norms * decoder_norms).clamp_min(1e-300)).mean()),
+        mean_encoder_norm=float(encoder_norms.mean()),
+        histogram=Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist())),
+    )
 
 
 def sarle_coefficient(values: Tensor) -> float | None:

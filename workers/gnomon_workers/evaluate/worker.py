@@ -68,7 +68,7 @@ class EvaluateWorker:
     def _patch(
         self, dictionary: Dictionary, store: ActivationStore, task: EvaluateTask, device: torch.device
     ) -> PatchSums | None:
-        spec = HarvestSpec.model_validate(store.manifest.spec)
+        spec = HarvestSpec.read(store.manifest.spec)
         model = load_model(spec.model, task.input_roots, device=device).module
         sums = []
         for contexts, is_stored in context_share(store, task, self._index, spec.batch_contexts):

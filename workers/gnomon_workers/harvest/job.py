@@ -11,9 +11,11 @@ from itertools import chain
 from typing import Any, Final
 
 from gnomon.errors import InvalidRequest, NotFound
+from gnomon.events import Logged, SegmentCommitted
 from gnomon.resources import HarvestResult
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
+from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit
 from gnomon_storage.writing import load_commit, remove_leftovers, seal
@@ -60,14 +62,14 @@ class HarvestRun:
 
 def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
     """Harvest the assignment's store; segments that an earlier attempt committed are kept as they are."""
-    store = Location.open(assignment.storage_root).child("activations", assignment.store_id)
+    store = ProjectLayout.open(assignment.storage_root).store(assignment.store_id)
     sealed = find_sealed(store)
     if sealed is not None:
         return _result(sealed, n_tokens=0, tokens_per_s=None)
     run = prepare(assignment, store)
     plans, n_tokens = look_ahead(make_plans(run), run.spec.token_budget)
     reporter.phase("harvest", total=n_tokens, unit="tokens")
-    progress = Progress(reporter=reporter)
+    progress = HarvestProgress(reporter=reporter)
     commits = harvest_segments(run, plans, progress)
     if not sum(commit.n_rows for commit in commits if commit.split == "segments"):
         raise InvalidRequest(
@@ -92,7 +94,7 @@ def prepare(assignment: Assignment, store: Location) -> HarvestRun:
 
     Raises InvalidRequest, "source_changed", where model or text are no longer what the job was accepted with.
     """
-    spec = HarvestSpec.model_validate(assignment.spec)
+    spec = HarvestSpec.read(assignment.spec)
     model = describe_model(spec.model, assignment.input_roots)
     fingerprint = text_fingerprint(resolve_text(spec.text, assignment.input_roots))
     if store_id(spec, model.fingerprint, fingerprint) != assignment.store_id:
@@ -131,7 +133,7 @@ def look_ahead(plans: Iterator[SegmentPlan], token_budget: int) -> tuple[Iterato
     return iter(ahead), n_tokens
 
 
-def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Progress) -> list[SegmentCommit]:
+def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: HarvestProgress) -> list[SegmentCommit]:
     """Commit every planned segment that is not committed yet; returns the commits of all."""
     commits: list[SegmentCommit] = []
     missing = skip_committed(run.store, plans, commits, progress)
@@ -149,7 +151,7 @@ def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Pr
 
 
 def skip_committed(
-    store: Location, plans: Iterable[SegmentPlan], commits: list[SegmentCommit], progress: Progress
+    store: Location, plans: Iterable[SegmentPlan], commits: list[SegmentCommit], progress: HarvestProgress
 ) -> Iterator[SegmentPlan]:
     """Plans that still have to be done; the commits of the others are added to the list."""
     for plan in plans:
@@ -166,12 +168,12 @@ def count_workers(spec: HarvestSpec, reporter: Reporter) -> int:
     available = Devices.of_cluster().n_members
     if spec.n_workers is not None and spec.n_workers > available:
         message = f"n_workers={spec.n_workers}, and the cluster has room for {available}: taking {available}"
-        reporter.report("log", level="warning", message=message)
+        reporter.report(Logged(level="warning", message=message))
     n_segments = -(-spec.token_budget // spec.segment_tokens) + 1  # one of them held out
     return min(spec.n_workers or available, available, n_segments)
 
 
-def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: Progress) -> Iterator[SegmentCommit]:
+def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: HarvestProgress) -> Iterator[SegmentCommit]:
     """Keep every member busy until the plans are used up, yielding commits as they are made."""
     progress.begin()
     under_way: dict[Any, int] = {}
@@ -190,7 +192,7 @@ def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: Progress) -> Iter
 
 
 @dataclass(slots=True, kw_only=True)
-class Progress:
+class HarvestProgress:
     """Tokens done, of this attempt and of those before, and how fast lately."""
 
     reporter: Reporter
@@ -216,13 +218,14 @@ class Progress:
         else:
             self._n_kept += commit.n_tokens
         self.reporter.report(
-            "segment",
-            name=commit.name,
-            split=commit.split,
-            attempt=commit.attempt,
-            n_rows=commit.n_rows,
-            n_tokens=commit.n_tokens,
-            kept=not is_new,
+            SegmentCommitted(
+                name=commit.name,
+                split=commit.split,
+                attempt=commit.attempt,
+                n_rows=commit.n_rows,
+                n_tokens=commit.n_tokens,
+                kept=not is_new,
+            )
         )
         self._advance(self._n_kept + self.n_new)
 

@@ -11,10 +11,10 @@ from gnomon.specs import Alignment
 from gnomon_workers.kernels.triton_select import group_maxima, select_topk
 from gnomon_workers.kernels.triton_sparse import sampled_products, segment_sums
 from gnomon_workers.kernels.triton_update import (
+    AdamRows,
     AdamStep,
     AlignedGradients,
     RowPicks,
-    Rows,
     aligned_gradients,
     update_rows,
 )
@@ -70,8 +70,8 @@ class TritonKernels:
 
     def update(
         self,
-        encoder: Rows,
-        decoder: Rows,
+        encoder: AdamRows,
+        decoder: AdamRows,
         gradients: AlignedGradients | RowGradients,
         clip_scale: float,
         adam: AdamStep,
@@ -136,10 +136,10 @@ class TritonUpdate:
             encoder_copy,
         )
 
-    def _rows(self, name: str) -> Rows:
+    def _rows(self, name: str) -> AdamRows:
         own = self._optimizer.own
         weights, first, second = self._optimizer.rows(name, own.start, own.stop)
-        return Rows(weights=weights, first=first, second=second)
+        return AdamRows(weights=weights, first=first, second=second)
 
     def _own(self, gradients: RowGradients) -> RowGradients:
         """Gradients of the rows that this replica moves, numbered from the first of them."""

@@ -159,7 +159,7 @@ def _update_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class AdamRows:
     """One of the matrices of a shard with Adam's moments, each (n_local, width) float32."""
 
     weights: Tensor
@@ -241,8 +241,8 @@ def aligned_gradients(
 
 
 def update_rows(
-    encoder: Rows,
-    decoder: Rows,
+    encoder: AdamRows,
+    decoder: AdamRows,
     gradients: AlignedGradients | RowGradients,
     clip_scale: float,
     adam: AdamStep,

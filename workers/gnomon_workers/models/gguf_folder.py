@@ -6,7 +6,6 @@ the folder loads in a second ever after. Weights are written in float32, so that
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gnomon.errors import InvalidRequest
+from gnomon_storage.digests import path_digest
 from gnomon_workers.models.gguf_names import gguf_tensor_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,7 +36,7 @@ def gguf_folder(path: Path) -> Path:
 
     Raises InvalidRequest, code "unsupported_model", for an architecture other than Llama's.
     """
-    target = cache_dir() / f"gguf-{_digest(path)}-{_CONVERTER_VERSION}"
+    target = cache_dir() / f"gguf-{path_digest(path)[:32]}-{_CONVERTER_VERSION}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,6 @@ def gguf_folder(path: Path) -> Path:
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return target
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
 def _convert(path: Path, folder: Path) -> None:

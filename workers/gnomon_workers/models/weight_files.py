@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any, Final
 
 from gnomon.errors import InvalidRequest
+from gnomon.safetensors_header import read_header
 from gnomon_workers.models.gguf_header import GgufHeader, parse_gguf
 
 MAX_HEADER_BYTES: Final = 32 << 20
@@ -54,19 +54,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a safetensors file; raises InvalidRequest, "unknown_model"."""
     with path.open("rb") as file:
-        prefix = file.read(8)
-        n_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= n_bytes <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise bad_model(f"{str(path)!r} is not a safetensors file: its header would have {n_bytes} bytes")
         try:
-            header = json.loads(file.read(n_bytes))
-            return {
-                name: tuple(int(size) for size in entry["shape"])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise bad_model(f"{str(path)!r} has a damaged safetensors header ({error})") from error
+            header = read_header(file, max_bytes=MAX_HEADER_BYTES)
+        except ValueError as error:
+            raise bad_model(f"{str(path)!r} cannot be read: {error}") from error
+    return {name: info.shape for name, info in header.tensors.items()}
 
 
 def read_gguf(path: Path) -> GgufHeader:

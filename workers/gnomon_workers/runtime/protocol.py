@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-ReportKind = Literal["phase", "progress", "metrics", "checkpoint", "profile", "segment", "log"]
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 """Digits of ids: Crockford's base 32 without i, l, o and u, which are read as other digits."""
 
@@ -42,8 +41,10 @@ class Report:
     """Something a worker saw; seq grows by one within an attempt, from 1."""
 
     seq: int
-    kind: ReportKind
+    kind: str
+    """Kind of the event that it becomes."""
     data: Mapping[str, Any]
+    """What the event tells, as JSON; see gnomon.events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

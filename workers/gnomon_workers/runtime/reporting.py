@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
-from gnomon_workers.runtime.protocol import Report, ReportKind
+from gnomon.events import EventData, PhaseBegan, Progressed, event_json
+from gnomon_workers.runtime.protocol import Report
 
 _PROGRESS_SHARE: Final = 1 / 200
 _PROGRESS_MIN_S: Final = 0.4
@@ -32,20 +34,27 @@ class Reporter:
         self._lock = threading.Lock()
         self._reports: list[Report] = []
         self._cancelled = threading.Event()
-        self._phase: dict[str, Any] = {"phase": "", "total": None, "unit": ""}
+        self._phase = PhaseBegan(phase="")
         self._phase_began = self._progress_due = 0.0
 
-    def report(self, kind: ReportKind, **data: Any) -> None:
-        """Add a report; data must be JSON-serialisable."""
+    def report(self, told: EventData) -> None:
+        """Add a report of what happened."""
+        self._add(told.kind, event_json(told))
+
+    def pass_on(self, report: Report) -> None:
+        """Add what another reporter said, under a number of this one."""
+        self._add(report.kind, report.data)
+
+    def _add(self, kind: str, data: Mapping[str, Any]) -> None:
         with self._lock:
             self._reports.append(Report(seq=len(self._reports) + 1, kind=kind, data=data))
 
     def phase(self, name: str, *, total: int | None, unit: str, variant: str = "") -> None:
         """Enter a phase: "harvest", "train", "evaluate" or "export"; the last two may be of one variant of several."""
-        self._phase = {"phase": name, "total": total, "unit": unit, **({"variant": variant} if variant else {})}
+        self._phase = PhaseBegan(phase=name, total=total, unit=unit, variant=variant or None)
         self._phase_began = time.monotonic()
         self._progress_due = 0.0
-        self.report("phase", **self._phase)
+        self.report(self._phase)
         self.progress(0)
 
     def progress(self, done: int, *, rate: float | None = None) -> None:
@@ -54,11 +63,11 @@ class Reporter:
         Every report is stored for ever, so they come less often the longer the phase lasts; the last is always kept.
         """
         now = time.monotonic()
-        if now < self._progress_due and done != self._phase["total"]:
+        if now < self._progress_due and done != self._phase.total:
             return
         age_s = now - self._phase_began
         self._progress_due = now + min(max(age_s * _PROGRESS_SHARE, _PROGRESS_MIN_S), _PROGRESS_MAX_S)
-        self.report("progress", **self._phase, done=done, rate=rate)
+        self.report(Progressed(**self._phase.known(), done=done, rate=rate))
 
     def after(self, seq: int) -> tuple[Report, ...]:
         """Reports with a number above seq, oldest first."""

@@ -10,6 +10,8 @@ from typing import Any, Final
 import ray
 
 from gnomon.errors import GnomonError
+from gnomon.events import Logged, Progressed, read_event
+from gnomon.metrics import DictionaryMetrics
 from gnomon.resources import TrainedDictionary, TrainResult
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_common
 from gnomon_workers.dictionaries.folder import published
@@ -45,14 +47,19 @@ def _result(run: TrainRun, records: Mapping[str, dict[str, Any]]) -> Mapping[str
         dictionary_id=first.dictionary_id,
         store_id=run.assignment.store_id,
         n_steps=run.plan.spec.n_steps,
-        metrics=records[first.variant]["metrics"],
+        metrics=_metrics(records[first.variant]),
         dictionaries={
-            each.variant: TrainedDictionary(dictionary_id=each.dictionary_id, metrics=records[each.variant]["metrics"])
+            each.variant: TrainedDictionary(dictionary_id=each.dictionary_id, metrics=_metrics(records[each.variant]))
             for each in run.trainings
             if each.variant
         },
     )
     return {**result.model_dump(mode="json"), "records": [records[each.variant] for each in run.trainings]}
+
+
+def _metrics(record: Mapping[str, Any]) -> DictionaryMetrics:
+    """Those of a record that an attempt of another release may have written."""
+    return DictionaryMetrics.read(record["metrics"])
 
 
 def train_gang(run: TrainRun, reporter: Reporter) -> tuple[tuple[Checkpoint, ...], float | None]:
@@ -65,12 +72,12 @@ def train_gang(run: TrainRun, reporter: Reporter) -> tuple[tuple[Checkpoint, ...
     reporter.phase("train", total=spec.n_steps * spec.batch_size, unit="tokens")
     resume, damaged = latest_common(folders)
     for message in damaged:
-        reporter.report("log", level="warning", message=message)
+        reporter.report(Logged(level="warning", message=message))
     first_step = 0
     if resume is not None:
         first_step = resume[0].step
         attempts = " and ".join(str(attempt) for attempt in sorted({checkpoint.attempt for checkpoint in resume}))
-        reporter.report("log", level="info", message=f"resuming from step {first_step} of attempt {attempts}")
+        reporter.report(Logged(message=f"resuming from step {first_step} of attempt {attempts}"))
         if first_step >= spec.n_steps:
             return resume, None
         run = run.resumed(resume)
@@ -129,9 +136,10 @@ class _Forwarder:
         with lost_as_such():
             reports: tuple[Report, ...] = ray.get(self._asked)
         for report in reports:
-            if report.kind == "progress":
-                self._reporter.progress(report.data["done"], rate=report.data["rate"])
+            told = read_event(report.kind, report.data)
+            if isinstance(told, Progressed):
+                self._reporter.progress(told.done, rate=told.rate)
             else:
-                self._reporter.report(report.kind, **report.data)
+                self._reporter.pass_on(report)
         self._seq = reports[-1].seq if reports else self._seq
         self._asked = self._rank.reports.remote(self._seq)

@@ -13,12 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from gnomon.events import CheckpointSaved, EventData, Progressed, TrainingMeasured
+from gnomon.metrics import Costs
 from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 from gnomon_workers.train.metrics import step_metrics
 from gnomon_workers.train.profile import StepProfile
 from gnomon_workers.train.run import Training
 from gnomon_workers.train.saving import CheckpointWriter, Saved, begin_all
-from gnomon_workers.train.step import TrainStep
+from gnomon_workers.train.step import StepResult, TrainStep
 
 
 class BatchSource(Protocol):
@@ -32,8 +34,7 @@ class BatchSource(Protocol):
 class Observer:
     """What the loop tells: calls are cheap, and only rank 0's are passed on."""
 
-    report: Callable[..., None]
-    """report(kind, **data)"""
+    report: Callable[[EventData], None]
     beat: Callable[[], None]
     """Something was done; a rank that stops beating is taken for dead."""
     min_interval_s: float = 0.5
@@ -49,7 +50,7 @@ class Observer:
             return
         rate = (done - self._last[1]) * batch_size / elapsed if self._last[0] and elapsed > 0 else None
         self._last = (now, done)
-        self.report("progress", done=done * batch_size, rate=rate)
+        self.report(Progressed(phase="train", done=done * batch_size, rate=rate))
 
 
 def train(
@@ -87,13 +88,14 @@ def _writer(training: Training, step: TrainStep, attempt: int, observer: Observe
     def committed(saved: Saved) -> None:
         checkpoint = saved.checkpoint
         observer.report(
-            "checkpoint",
-            **training.label,
-            step=checkpoint.step,
-            max_alignment_deviation=checkpoint.max_alignment_deviation,
-            n_bytes=checkpoint.n_bytes,
-            copy_s=saved.copy_s,
-            duration_s=saved.duration_s,
+            CheckpointSaved(
+                step=checkpoint.step,
+                max_alignment_deviation=checkpoint.max_alignment_deviation,
+                n_bytes=checkpoint.n_bytes,
+                copy_s=saved.copy_s,
+                duration_s=saved.duration_s,
+                variant=training.variant or None,
+            )
         )
 
     return CheckpointWriter(training.checkpoints, step, attempt=attempt, on_commit=committed, beat=observer.beat)
@@ -119,21 +121,21 @@ def _steps(
         failpoint(Failpoint.STEP_BEFORE)
         number = t + 1
         is_logged = number % spec.log_every == 0 or number == spec.n_steps
-        metrics = [_learn(*pair, t, x, is_logged=is_logged) for pair in zip(trainings, steps, strict=True)]
+        results = [_learn(*pair, t, x) for pair in zip(trainings, steps, strict=True)]
         if is_logged:
-            lap = clock.lap(first)
+            metrics = [step_metrics(step, result, number) for step, result in zip(steps, results, strict=True)]
+            costs = clock.lap(first)
             for training, measured in zip(trainings, metrics, strict=True):
-                observer.report("metrics", **training.label, **measured, **lap)
+                told = {**measured.known(), **costs.known(), "variant": training.variant or None}
+                observer.report(TrainingMeasured(**told))
         yield number
     if trace is not None:
         trace.finish(spec.n_steps)
 
 
-def _learn(training: Training, step: TrainStep, t: int, x: torch.Tensor, *, is_logged: bool) -> dict[str, Any]:
-    """Make one step, and measure it where that is due."""
+def _learn(training: Training, step: TrainStep, t: int, x: torch.Tensor) -> StepResult:
     with training.named():
-        result = step(t, x)
-    return step_metrics(step, result, t + 1) if is_logged else {}
+        return step(t, x)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -160,15 +162,15 @@ class _Clock:
         self._loading_s += time.monotonic() - began
         self._n_steps += 1
 
-    def lap(self, step: TrainStep) -> dict[str, Any]:
+    def lap(self, step: TrainStep) -> Costs:
         """What the steps since the last lap took of this rank: rates, seconds by class of work, memory."""
         now = time.monotonic()
         elapsed_s = max(now - self._start, 1e-9)
-        costs = {
-            "tokens_per_s": self._n_steps * step.plan.spec.batch_size / elapsed_s,
-            "loader_stall_fraction": self._loading_s / elapsed_s,
-            "times_s": {**step.mesh.clock.lap(), "loader": self._loading_s},
-            "peak_memory_bytes": peak_memory_bytes(step.parameters.W_dec.device),
-        }
+        costs = Costs(
+            tokens_per_s=self._n_steps * step.plan.spec.batch_size / elapsed_s,
+            loader_stall_fraction=self._loading_s / elapsed_s,
+            times_s={**step.mesh.clock.lap(), "loader": self._loading_s},
+            peak_memory_bytes=peak_memory_bytes(step.parameters.W_dec.device),
+        )
         self._start, self._loading_s, self._n_steps = now, 0.0, 0
         return costs

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from gnomon.metrics import StepMetrics
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import alignment_scores
 from gnomon_workers.train.step import StepResult, TrainStep
 
 
-def step_metrics(step: TrainStep, result: StepResult, number: int) -> dict[str, Any]:
+def step_metrics(step: TrainStep, result: StepResult, number: int) -> StepMetrics:
     """Metrics of one batch; collective: every rank must call it, and all get the same numbers.
 
     `number` counts finished steps. Everything but the alignment quantiles is of this batch alone, so a run that
@@ -23,19 +22,21 @@ def step_metrics(step: TrainStep, result: StepResult, number: int) -> dict[str, 
     n_dead = (step.n_tokens_since_fired >= plan.spec.dead_after_tokens).sum()
     n_active = mesh.all_reduce(torch.tensor([result.n_active], device=n_dead.device), "world")
     fvu = result.loss * plan.spec.batch_size / variance if variance > 0 else 0.0
-    metrics = {
-        "step": number,
-        "tokens": number * plan.spec.batch_size,
-        "loss": result.loss,
-        "objective": result.objective,
-        "fvu": fvu,
-        "explained_variance": 1 - fvu,
-        "l0": int(n_active) / plan.spec.batch_size,
-        "dead_fraction": int(mesh.all_reduce(n_dead, "features")) / plan.d_sae,
-        "lr": result.lr,
-        "grad_norm": result.grad_norm,
-    }
-    return metrics | result.parts | step.state | _alignment(step)
+    return StepMetrics(
+        step=number,
+        tokens=number * plan.spec.batch_size,
+        loss=result.loss,
+        objective=result.objective,
+        fvu=fvu,
+        explained_variance=1 - fvu,
+        l0=int(n_active) / plan.spec.batch_size,
+        dead_fraction=int(mesh.all_reduce(n_dead, "features")) / plan.d_sae,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        **result.parts,
+        **step.state,
+        **_alignment(step),
+    )
 
 
 def _variance(targets: Tensor, mesh: ProcessMesh) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from gnomon.events import EventData, ProfileWritten
 from gnomon_storage.backends import mapped_errors
 from gnomon_storage.location import Location
 
@@ -20,8 +21,8 @@ SKIPPED_STEPS: Final = 10
 class StepProfile:
     """Records n_steps steps of an attempt, from its 11th on, and uploads them; does nothing where n_steps is 0."""
 
-    def __init__(self, place: Location, n_steps: int, *, first_step: int, report: Callable[..., None]) -> None:
-        """The trace goes to `place`, and report("profile", ...) says so; the run begins at first_step."""
+    def __init__(self, place: Location, n_steps: int, *, first_step: int, report: Callable[[EventData], None]) -> None:
+        """The trace goes to `place`, and `report` is told so; the run begins at first_step."""
         self._place = place
         self._start = first_step + SKIPPED_STEPS
         self._stop = self._start + n_steps
@@ -50,4 +51,4 @@ class StepProfile:
                 self._profile.export_chrome_trace(str(local))
             self._place.upload(local)
         self._profile = None
-        self._report("profile", url=self._place.url, first_step=self._start, n_steps=step - self._start)
+        self._report(ProfileWritten(url=self._place.url, first_step=self._start, n_steps=step - self._start))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import tempfile
@@ -15,14 +14,17 @@ from typing import Any, Final
 import torch
 
 from gnomon.dictionary import load_folder
+from gnomon.metrics import DictionaryMetrics
 from gnomon_storage.activations import ActivationStore
+from gnomon_storage.digests import combine
+from gnomon_storage.layout import attempt_name
 from gnomon_storage.manifest import Manifest
 from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.dictionaries.folder import publish
 from gnomon_workers.dictionaries.saelens import saelens_config, write_sparsity
 from gnomon_workers.dictionaries.weights import WEIGHTS, write_weights
 from gnomon_workers.evaluate.job import run_evaluation
-from gnomon_workers.evaluate.metrics import alignment_metrics
+from gnomon_workers.evaluate.metrics import alignment_of
 from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.train.run import Training, TrainRun
@@ -54,39 +56,37 @@ def export(
     """
     plan = training.plan
     origin = _Origin(run, training, ActivationStore.open(run.store).manifest)
-    folder = training.dictionary.child(f"attempt-{run.assignment.attempt:04d}")
+    folder = training.dictionary.child(attempt_name(run.assignment.attempt))
     with tempfile.TemporaryDirectory(prefix="gnomon-export-") as temp:
         local = Path(temp)
         facts = write_weights(local / WEIGHTS, plan, checkpoint, training.checkpoints)
-        metrics: dict[str, Any] = {"dead_fraction": facts.n_dead / plan.d_sae}
+        metrics = DictionaryMetrics(dead_fraction=facts.n_dead / plan.d_sae)
         _write_config(local, origin, metrics)
         folder.upload(local)
-        rates = {"train": tokens_per_s}
+        rates: dict[str, float | None] = {"train": tokens_per_s}
         evaluation = plan.spec.evaluation
         if evaluation is not None:
             measured = run_evaluation(run.assignment, reporter, folder, evaluation, variant=training.variant)
             rates["evaluate"] = measured.tokens_per_s
             write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
-            metrics |= measured.metrics
+            metrics = metrics.also(measured.metrics)
         dictionary = load_folder(local)
-        if not dictionary.cfg.is_transcoder:
-            metrics["alignment"] = alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
-        metrics["tokens_per_s"] = rates
+        metrics = metrics.also(DictionaryMetrics(alignment=alignment_of(dictionary), tokens_per_s=rates))
         reporter.phase("export", total=None, unit="files", variant=training.variant)
         _write_config(local, origin, metrics)
         _write_provenance(local, origin, checkpoint, metrics)
         return publish(folder, local, _record(plan, metrics))
 
 
-def _record(plan: TrainPlan, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The fields of resources.Dictionary that the job determines."""
+def _record(plan: TrainPlan, metrics: DictionaryMetrics) -> dict[str, Any]:
+    """The fields of resources.DictionaryRecord that the job determines."""
     return {
         "hook_name": _hook_label(plan),
         "d_in": plan.d_in,
         "d_sae": plan.d_sae,
         "activation": plan.spec.activation.kind,
         "alignment": plan.spec.alignment,
-        "metrics": metrics,
+        "metrics": metrics.model_dump(mode="json"),
     }
 
 
@@ -97,7 +97,7 @@ def _hook_label(plan: TrainPlan) -> str:
     return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 3]}..."
 
 
-def _write_config(local: Path, origin: _Origin, metrics: dict[str, Any]) -> None:
+def _write_config(local: Path, origin: _Origin, metrics: DictionaryMetrics) -> None:
     plan, harvest = origin.training.plan, origin.store.spec
     metadata = {
         "model_name": harvest["model"]["source"],
@@ -106,8 +106,8 @@ def _write_config(local: Path, origin: _Origin, metrics: dict[str, Any]) -> None
         "context_size": harvest["context_length"],
         "prepend_bos": bool(harvest["packing"].get("bos", harvest["packing"].get("special_tokens", False))),
         "exclude_special_tokens": harvest["drop"]["special_tokens"],
-        "l0": metrics.get("l0"),
-        "num_dead_features": round(metrics["dead_fraction"] * plan.d_sae),
+        "l0": metrics.l0,
+        "num_dead_features": round((metrics.dead_fraction or 0) * plan.d_sae),
         "gnomon": {
             "version": version("gnomon"),
             "job_id": origin.run.assignment.job_id,
@@ -123,7 +123,7 @@ def _write_config(local: Path, origin: _Origin, metrics: dict[str, Any]) -> None
     (local / "cfg.json").write_text(json.dumps(config, indent=1))
 
 
-def _write_provenance(local: Path, origin: _Origin, checkpoint: Checkpoint, metrics: dict[str, Any]) -> None:
+def _write_provenance(local: Path, origin: _Origin, checkpoint: Checkpoint, metrics: DictionaryMetrics) -> None:
     """runner_cfg.json: everything needed to make the dictionary again."""
     plan, store = origin.training.plan, origin.store
     provenance = {
@@ -156,7 +156,7 @@ def _write_provenance(local: Path, origin: _Origin, checkpoint: Checkpoint, metr
             "data_seed": plan.data_seed,
         },
         "checkpoint": {"step": checkpoint.step, "max_alignment_deviation": checkpoint.max_alignment_deviation},
-        "metrics": metrics,
+        "metrics": metrics.model_dump(mode="json"),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }
     (local / "runner_cfg.json").write_text(json.dumps(provenance, indent=1))
@@ -167,5 +167,4 @@ def config_hash(store_id: str, plan: TrainPlan) -> str:
     spec = plan.spec.model_dump(mode="json", exclude=_NOT_HASHED)
     if plan.data_seed != plan.spec.seed:
         spec["data_seed"] = plan.data_seed
-    text = json.dumps({"store_id": store_id, "spec": spec}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return combine({"store_id": store_id, "spec": spec})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from gnomon.events import EventData
 from gnomon_storage.activations import ActivationStore
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.runtime import failpoints
@@ -110,9 +111,9 @@ class TrainRank:
         self._beat()
         return step
 
-    def _report(self, kind: Any, **data: Any) -> None:
+    def _report(self, told: EventData) -> None:
         if self._rank == 0:
-            self._reporter.report(kind, **data)
+            self._reporter.report(told)
 
     def _beat(self) -> None:
         self._progressed = time.monotonic()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
+from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.runtime.devices import Devices
@@ -39,11 +40,6 @@ class Training:
     def first_step(self) -> int:
         """The step that it goes on with."""
         return self.resume.step if self.resume is not None else 0
-
-    @property
-    def label(self) -> dict[str, str]:
-        """What reports about it carry."""
-        return {"variant": self.variant} if self.variant else {}
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -86,12 +82,11 @@ class TrainRun:
 
 def resolve(assignment: Assignment) -> TrainRun:
     """Resolve a train job against its store and the cluster, with a training for each variant, or one."""
-    spec = TrainSpec.model_validate(assignment.spec)
-    root = Location.open(assignment.storage_root)
-    store = root.child("activations", assignment.store_id)
+    spec = TrainSpec.read(assignment.spec)
+    places = ProjectLayout.open(assignment.storage_root)
+    store = places.store(assignment.store_id)
     inputs, target = hooks_of(spec, ActivationStore.open(store))
     mesh = _mesh_of(spec, spec.resolve_d_sae(sum(hook.width for hook in inputs)))
-    checkpoints = root.child("checkpoints", assignment.job_id)
     assert assignment.dictionary_id is not None
     names, specs = spec.variant_names, spec.variant_specs()
     ids = dictionary_ids(assignment.dictionary_id, len(names))
@@ -100,14 +95,14 @@ def resolve(assignment: Assignment) -> TrainRun:
         trainings=tuple(
             Training(
                 plan=make_joint_plan(its_spec, inputs=inputs, target=target, mesh=mesh),
-                checkpoints=checkpoints.child(name) if name else checkpoints,
-                dictionary=root.child("dictionaries", dictionary_id),
+                checkpoints=places.checkpoints(assignment.job_id, name),
+                dictionary=places.dictionary(dictionary_id),
                 variant=name,
             )
             for name, dictionary_id, its_spec in zip(names, ids, specs, strict=True)
         ),
         store=store,
-        profile=root.child("profiles", assignment.job_id, f"attempt-{assignment.attempt:04d}.json.gz"),
+        profile=places.profile(assignment.job_id, assignment.attempt),
     )
 
 

@@ -21,8 +21,9 @@ import torch
 
 from gnomon.errors import Conflict, CorruptArtifact, GnomonError, StoreUnavailable
 from gnomon_storage.backends import mapped_errors
+from gnomon_storage.digests import fast_digest
 from gnomon_storage.location import Location
-from gnomon_workers.checkpoints.format import FORMAT, NAME, Checkpoint, Shard, committed_checkpoints, digest_of
+from gnomon_workers.checkpoints.format import FORMAT, NAME, Checkpoint, Shard, committed_checkpoints
 from gnomon_workers.checkpoints.tensor_file import write_tensors
 from gnomon_workers.runtime.failpoints import Failpoint, failing_during, failpoint
 from gnomon_workers.runtime.scratch import scratch_folder
@@ -176,7 +177,7 @@ class CheckpointWriter:
         mesh = self._mesh
         start, stop = mesh.feature_range(self._step.plan.d_sae)
         with mapped_errors(str(copy.file)), copy.file.open("rb") as stream:
-            digest = digest_of(stream)
+            digest = fast_digest(stream)
         shard = Shard(
             file=f"shard-{mesh.shard:04d}-of-{mesh.features:04d}.safetensors",
             start=start,

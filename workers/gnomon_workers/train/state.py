@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, Shard
-from gnomon_workers.checkpoints.tensor_file import Rows, TensorReader, pieces
+from gnomon_workers.checkpoints.tensor_file import PiecewiseTensor, TensorReader, pieces
 from gnomon_workers.runtime.failpoints import Failpoint, failpoint
 from gnomon_workers.sae.optimizer import MATRICES, owned_rows
 from gnomon_workers.train.step import TrainStep
@@ -27,9 +27,9 @@ def state_tensors(step: TrainStep) -> dict[str, Tensor]:
     return state | {"n_tokens_since_fired": step.n_tokens_since_fired}
 
 
-def file_tensors(step: TrainStep) -> dict[str, Tensor | Rows]:
+def file_tensors(step: TrainStep) -> dict[str, Tensor | PiecewiseTensor]:
     """state_tensors as the file of a shard has them: moments that replicas divide are joined while they are written."""
-    whole: dict[str, Tensor | Rows] = dict(state_tensors(step))
+    whole: dict[str, Tensor | PiecewiseTensor] = dict(state_tensors(step))
     if len(step.optimizer.own) < step.parameters.n_local:
         for name in filter(_is_shared, list(whole)):
             whole[name] = _SharedRows(step, name)

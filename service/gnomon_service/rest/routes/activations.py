@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from gnomon.resources import ActivationStore, Page
+from gnomon.resources import ActivationStoreRecord, Page
 from gnomon_service.db import reads
 from gnomon_service.jobs import artifacts as stores
 from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep, Writer
@@ -15,14 +15,14 @@ router = APIRouter(prefix="/v1/activations", tags=["activations"])
 @router.get("")
 def list_stores(
     principal: Reader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
-) -> Page[ActivationStore]:
+) -> Page[ActivationStoreRecord]:
     """Activation stores, newest first."""
     with services.database.read() as connection:
         return reads.list_stores(connection, principal.project, cursor=cursor, limit=limit)
 
 
 @router.get("/{store_id}")
-def read_store(store_id: str, principal: Reader, services: ServicesDep) -> ActivationStore:
+def read_store(store_id: str, principal: Reader, services: ServicesDep) -> ActivationStoreRecord:
     """One activation store."""
     with services.database.read() as connection:
         return reads.read_store(connection, principal.project, store_id)

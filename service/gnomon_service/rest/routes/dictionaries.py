@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from starlette.responses import StreamingResponse
 
 from gnomon.errors import NotFound
-from gnomon.resources import Dictionary, Page
+from gnomon.resources import DictionaryRecord, Page
 from gnomon_service.db import reads
 from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep
 from gnomon_storage.location import Location
@@ -21,14 +21,14 @@ _RANGE_BYTES = 4 * 2**20
 @router.get("")
 def list_dictionaries(
     principal: Reader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
-) -> Page[Dictionary]:
+) -> Page[DictionaryRecord]:
     """Dictionaries, newest first."""
     with services.database.read() as connection:
         return reads.list_dictionaries(connection, principal.project, cursor=cursor, limit=limit)
 
 
 @router.get("/{dictionary_id}")
-def read_dictionary(dictionary_id: str, principal: Reader, services: ServicesDep) -> Dictionary:
+def read_dictionary(dictionary_id: str, principal: Reader, services: ServicesDep) -> DictionaryRecord:
     """One dictionary."""
     with services.database.read() as connection:
         return reads.read_dictionary(connection, principal.project, dictionary_id)

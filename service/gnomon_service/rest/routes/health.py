@@ -62,6 +62,6 @@ def _check_store(services: Services) -> None:
     root = Location.open(services.settings.storage_root)
     local = root.local_path()
     if local is None:
-        root.child("projects").exists()
+        Location.open(services.settings.project_root).exists()
     elif not (local.is_dir() and os.access(local, os.W_OK)):
         raise StoreUnavailable(f"the storage root {local} is not a folder that can be written to")
