@@ -1,4 +1,4 @@
-# The commands of this repository: make demo, make test, make check, make venv, make gpu-check.
+# The commands of this repository: make demo, make test, make test-long, make check, make venv, make gpu-check.
 # Another interpreter or place for the environment: make PYTHON=python3.12 VENV=/tmp/gnomon venv
 
 PYTHON ?= python3
@@ -11,11 +11,12 @@ SAELENS := $(SAELENS_VENV)/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format saelens gpu-check clean
+.PHONY: help venv demo test test-long check format saelens gpu-check clean
 
 help:
 	@echo "make demo     train a small dictionary of a real language model on this machine, end to end"
-	@echo "make test     run the tests"
+	@echo "make test     run the tests, but for the longest"
+	@echo "make test-long  run the longest: whole services that are killed, every place at which training may be cut off"
 	@echo "make check    lint, types, import graph"
 	@echo "make format   rewrite the code the way make check wants it"
 	@echo "make saelens  an environment of its own with sae-lens, against which exports are tested"
@@ -54,9 +55,14 @@ demo: $(VENV)/.demo
 	$(BIN)/gnomon demo
 
 # Where `make saelens` has been run, the exports are tested against sae-lens too.
+PYTEST = GNOMON_SAELENS_PYTHON="$${GNOMON_SAELENS_PYTHON:-$(wildcard $(abspath $(SAELENS_VENV))/bin/python)}" \
+	$(BIN)/python -m pytest
+
 test: $(VENV)/.dev
-	GNOMON_SAELENS_PYTHON="$${GNOMON_SAELENS_PYTHON:-$(wildcard $(abspath $(SAELENS_VENV))/bin/python)}" \
-		$(BIN)/python -m pytest
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

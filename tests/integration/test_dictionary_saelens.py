@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         x = torch.randn(64, D_IN) if name in ARCHITECTURES else SCALE * data(64)
         save_file({"x": x}, folder.with_suffix(".in"))
     command = [python, "-c", PROGRAM, *map(str, folders.values())]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     names = ["tiny", "blocks.2.hook_resid_post"] * len(ARCHITECTURES)
     assert run.stdout.split() == names + ["m", "blocks.3.hook_resid_post"] * (len(TRAINED) + len(TRANSCODERS))

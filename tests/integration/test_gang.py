@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import ray
 
@@ -16,6 +17,7 @@ from gnomon_workers.runtime.answers import answers
 from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.reporting import WorkerLost
 from tests.support.rays import local_ray
+from tests.support.waiting import wait_until
 
 
 class Member:
@@ -56,7 +58,7 @@ def test_members_run_and_are_gone_afterwards() -> None:
         ticks: list[int] = []
         values = gang.watch([m.work.remote(0.5) for m in gang.members], lambda: ticks.append(1))
     assert values == [0, 1] and len(ticks) >= 2
-    wait_until_gone(pids)
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)), "the end of all members")
 
 
 def test_a_killed_member_is_noticed_while_another_works() -> None:
@@ -83,26 +85,18 @@ def test_a_members_refusal_is_raised_as_the_error_that_it_is_while_another_works
 
 
 def test_a_stopped_member_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gangs, "STALL_S", 2.0)
+    monkeypatch.setattr(gangs, "STALL_S", 10.0)
     with Gang.start(Member, 2) as gang:
-        gang.watch([m.work.remote(2.5) for m in gang.members], lambda: None)
+        gang.watch([m.work.remote(1.5) for m in gang.members], lambda: None)
         running = [m.work.remote(60) for m in gang.members]
         pid = ray.get(gang.members[1].pid.remote())
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkerLost, match="worker 1 has not answered"):
             gang.watch(running, lambda: None)
-    wait_until_gone([pid])
+    wait_until(lambda: not psutil.pid_exists(pid), "the end of the stopped member")
 
 
 def test_a_gang_that_does_not_fit_is_refused_with_what_the_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gangs, "PLACEMENT_DEADLINE_S", 1.0)
     with pytest.raises(WorkerLost, match="could not place 9 workers"):
         Gang.start(Member, 9)
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    """Wait for processes to end."""
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):  # noqa: PTH110
-        assert time.monotonic() < deadline, f"{pids} are still there"
-        time.sleep(0.05)

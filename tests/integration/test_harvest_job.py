@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ from gnomon_workers.models import catalog
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from tests.support.models import EOS_ID, PAD_ID, glassllm_ids, glassllm_residuals, make_glassllm, write_corpus
+from tests.support.own_processes import own_pids
 from tests.support.rays import local_ray
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +153,8 @@ def test_a_sealed_store_is_not_harvested_again(harvested: tuple[Any, ...]) -> No
 
 
 def worker_pids() -> list[int]:
-    """Processes of harvest workers, which Ray names after their actor class."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if "HarvestWorker" in (folder / "cmdline").read_text():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
+    """Processes of this test's harvest workers, which Ray names after their actor class."""
+    return own_pids("HarvestWorker")
 
 
 def test_after_a_killed_worker_the_next_attempt_gives_the_same_store(
@@ -174,9 +167,7 @@ def test_after_a_killed_worker_the_next_attempt_gives_the_same_store(
     segments = tmp_path / "killed" / "activations" / assignment.store_id / "segments"
 
     def kill_after_first_commit() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not list(segments.glob("*.json")):
-            time.sleep(0.002)
+        wait_until(lambda: list(segments.glob("*.json")), "the first commit", every_s=0.002)
         os.kill(worker_pids()[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_after_first_commit)
@@ -197,7 +188,7 @@ def test_after_a_killed_worker_the_next_attempt_gives_the_same_store(
     on_disk = {f"{split}/{path.name}" for split in ("segments", "held_out")
                for path in (segments.parent / split).glob("*.zarr")}  # fmt: skip
     assert on_disk == names
-    assert worker_pids() == []
+    wait_until(lambda: not worker_pids(), "the end of all workers")
 
 
 def test_cancelling_stops_the_workers(inputs: Path, ray_cluster: None, tmp_path: Path) -> None:
@@ -205,10 +196,7 @@ def test_cancelling_stops_the_workers(inputs: Path, ray_cluster: None, tmp_path:
     reporter.cancel()
     with pytest.raises(Cancelled):
         run_harvest(assign(inputs, tmp_path, make_spec(inputs)), reporter)
-    deadline = time.monotonic() + 10
-    while worker_pids() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert worker_pids() == []
+    wait_until(lambda: not worker_pids(), "the end of all workers")
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

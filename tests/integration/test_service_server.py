@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,27 +11,21 @@ import httpx2
 import pytest
 import uvicorn
 
-from gnomon_service.local.processes import free_port
 from tests.support.service_api import Service, running_service
 from tests.support.service_jobs import STORE_RESULT
-
-DEADLINE_S = 20.0
+from tests.support.waiting import LIMIT_S, wait_until
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Service, str]]:
     with running_service(tmp_path, body_timeout_s=0.3) as service:
-        config = uvicorn.Config(
-            service.app, host="127.0.0.1", port=free_port(), log_config=None, timeout_graceful_shutdown=1
-        )
+        config = uvicorn.Config(service.app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
-        deadline = time.monotonic() + DEADLINE_S
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield service, f"http://127.0.0.1:{config.port}"
+        wait_until(lambda: server.started, "the server's start", every_s=0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield service, f"http://127.0.0.1:{port}"
         server.should_exit = True
         thread.join()
 
@@ -47,13 +40,13 @@ def test_a_stream_follows_a_job_and_resumes_where_it_broke(served: tuple[Service
     job = service.submit(service.harvest())
     path = f"{url}/v1/jobs/{job.id}/events"
     headers = {"Authorization": f"Bearer {service.key}", "Accept": "text/event-stream"}
-    with httpx2.stream("GET", path, headers=headers, timeout=DEADLINE_S) as answer:
+    with httpx2.stream("GET", path, headers=headers, timeout=LIMIT_S) as answer:
         ids = ids_of(answer)
         assert next(ids) == 1
         held = service.bench.claim()
         assert next(ids) == 2
     service.bench.leases.record(held.lease, [(1, "log", {"message": "while nobody listened"})])
-    with httpx2.stream("GET", path, headers=headers | {"Last-Event-ID": "2"}, timeout=DEADLINE_S) as answer:
+    with httpx2.stream("GET", path, headers=headers | {"Last-Event-ID": "2"}, timeout=LIMIT_S) as answer:
         service.bench.leases.succeed(held.lease, STORE_RESULT)
         assert list(ids_of(answer)) == [3, 4, 5], "and then the stream ended by itself"
 
@@ -62,6 +55,6 @@ def test_a_body_that_does_not_arrive_is_given_up(served: tuple[Service, str]) ->
     service, url = served
     host, port = url.removeprefix("http://").split(":")
     head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.key}\r\nContent-Length: 100\r\n\r\n{{"
-    with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
+    with socket.create_connection((host, int(port)), timeout=LIMIT_S) as connection:
         connection.sendall(head.encode())
         assert b" 408 " in connection.recv(1000)

@@ -35,8 +35,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.long
 def test_killed_at_every_named_place_and_at_random_no_bit_differs(root: Path) -> None:
     rng = random.Random(20_240_607)
     n_steps = 30 + 2 * N_KILLS

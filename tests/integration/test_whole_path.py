@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import gnomon
 from gnomon.client import Client
 from gnomon.errors import Unavailable
+from gnomon.events import TERMINAL_STATES
 from gnomon.resources import Job
 from gnomon.specs import (
     Adam,
@@ -32,8 +32,10 @@ from gnomon.specs import (
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
 from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.own_processes import own_pids
+from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.long
 
 N_STEPS = 1500
 HOOK = "model.layers.2"
@@ -73,21 +75,23 @@ class Live:
 
     def finish(self, job_id: str) -> Job:
         """The job once it has ended; the API may be away meanwhile."""
-        deadline = time.monotonic() + 400
-        while time.monotonic() < deadline:
+
+        def ended() -> Job | None:
             with contextlib.suppress(Unavailable):
                 job = self.client.job(job_id).refresh()
-                if job.state in ("succeeded", "failed", "cancelled"):
+                if job.state in TERMINAL_STATES:
                     return job
-            time.sleep(0.2)
-        raise AssertionError(f"{job_id} does not end: {self.client.job(job_id)}")
+            return None
+
+        return wait_until(ended, lambda: f"the end of {self.client.job(job_id)}", every_s=0.2)
 
     def when_training(self, job_id: str, *, after_step: int) -> None:
         """Wait until a step is reported, well before the end."""
-        deadline = time.monotonic() + 200
-        while (step := max(self.losses(job_id), default=0)) < after_step:
-            assert time.monotonic() < deadline, f"at step {step}: {self.client.job(job_id)}"
-            time.sleep(0.1)
+        wait_until(
+            lambda: max(self.losses(job_id), default=0) >= after_step,
+            lambda: f"step {after_step} of {self.client.job(job_id)}",
+        )
+        step = max(self.losses(job_id))
         assert step < N_STEPS - 200, "the job is over before anything could be killed"
 
     def losses(self, job_id: str) -> dict[int, float]:
@@ -101,12 +105,9 @@ class Live:
 
     def kill(self, words: str) -> int:
         """kill -9 one process of this service by words of its command line."""
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if words in " ".join(process.cmdline()):
-                    os.kill(process.pid, signal.SIGKILL)
-                    return int(process.pid)
-        raise AssertionError(f"no process of {words!r}")
+        pid = own_pids(words)[0]
+        os.kill(pid, signal.SIGKILL)
+        return pid
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     make_glass_folder(home / "inputs/model")
     make_corpus(home / "inputs/corpus.jsonl")
     settings = load_settings(
-        home=home, port=0, n_cpus=4, input_roots=(str(home / "inputs"),), lease_s=6.0, beat_s=1.0, retry_base_s=0.1
+        home=home, port=0, n_cpus=4, input_roots=(str(home / "inputs"),), lease_s=15.0, beat_s=1.0, retry_base_s=0.1
     )
     with Embedded(settings) as service, Client(service.url, service.key) as client:
         yield Live(home, service, client)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from tests.support.checkpoints import latest_whole
 from tests.support.ranks import RankPool
 from tests.support.steps import data, plan_of, step_of
 from tests.support.stores import HOOK, make_store
+from tests.support.waiting import wait_until
 
 BATCH, N_STEPS, LONG, D_IN = 64, 40, 132, 16
 EVERY = 8
@@ -93,10 +93,11 @@ def run(
 
 def wait_for(checkpoints: Location, step: int) -> None:
     """Wait until the checkpoint of a step is committed."""
-    deadline = time.monotonic() + 60
-    while next((found.step for found in committed_checkpoints(checkpoints)), 0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(
+        lambda: next((found.step for found in committed_checkpoints(checkpoints)), 0) >= step,
+        f"the checkpoint of step {step}",
+        every_s=0.01,
+    )
 
 
 def _run_on(

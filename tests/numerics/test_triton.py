@@ -22,5 +22,5 @@ def test_triton_kernels(module: str) -> None:
     if module == "triton_cases.py" and not torch.cuda.is_available():
         env["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / module)]
-    done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gnomon_workers.parallel.mesh import ProcessMesh
+from tests.support.waiting import LIMIT_S
 
 T = TypeVar("T")
 
@@ -28,9 +29,9 @@ def _serve(rank: int, pipe: Connection) -> None:
                 init_method=f"tcp://127.0.0.1:{port}",
                 rank=rank,
                 world_size=dp * features,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=LIMIT_S),
             )
-            mesh = ProcessMesh.create(dp=dp, features=features, timeout_s=60)
+            mesh = ProcessMesh.create(dp=dp, features=features, timeout_s=LIMIT_S)
             pipe.send((True, function(mesh, *args, **options)))
         except Exception as error:
             pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}"))

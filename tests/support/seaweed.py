@@ -22,7 +22,7 @@ from gnomon_storage.location import _backend_for
 
 ACCESS_KEY = "gnomon-test"
 SECRET_KEY = "gnomon-test-secret"
-START_S = 60.0
+START_S = 300.0
 N_STARTS = 3
 
 

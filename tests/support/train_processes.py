@@ -28,10 +28,10 @@ from gnomon_workers.train.rank import TrainRank
 from gnomon_workers.train.run import Training, TrainRun
 from tests.support.checkpoints import latest_whole
 from tests.support.stores import HOOK
+from tests.support.waiting import LIMIT_S
 
 STORE_ID = "act_" + "1" * 32
 BATCH = 64
-DEADLINE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -158,7 +158,7 @@ class ProcessGang:
             attempt.killed = [r for r, p in enumerate(processes) if p.exitcode == -signal.SIGKILL]
             for process in processes:
                 process.kill()
-                process.join(DEADLINE_S)
+                process.join()
             while _read(pipes[0], attempt):
                 pass
             for pipe in pipes:
@@ -168,13 +168,13 @@ class ProcessGang:
     def _follow(self, attempt: Attempt, pipes: list[Connection], processes: list[Any], on_step: Any) -> None:
         pids = [process.pid for process in processes]
         ended: set[int] = set()
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + LIMIT_S
         while len(ended) < len(processes):
             assert time.monotonic() < deadline, f"nothing happens; last report {attempt.reports[-1:]}"
             ready = wait([*pipes, *(p.sentinel for p in processes)], timeout=1.0)
             for rank, pipe in enumerate(pipes):
                 if pipe in ready and (said := _read(pipe, attempt)):
-                    deadline = time.monotonic() + DEADLINE_S
+                    deadline = time.monotonic() + LIMIT_S
                     kind, data = said
                     if kind == "end":
                         ended.add(rank)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from gnomon.errors import StoreUnavailable
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.failpoints import VARIABLE, Failpoint, arm, failing_during, failpoint
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -85,14 +85,11 @@ def test_a_process_is_killed_or_stopped(lasting: bool) -> None:
     )
     killed.start()
     stopped.start()
-    killed.join(60)
+    killed.join()
     assert killed.exitcode == -signal.SIGKILL
-    deadline = time.monotonic() + 60
-    while not _is_stopped(stopped.pid or 0):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: _is_stopped(stopped.pid or 0), "the stop")
     stopped.kill()
-    stopped.join(60)
+    stopped.join()
 
 
 def _is_stopped(pid: int) -> bool:

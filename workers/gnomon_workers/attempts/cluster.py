@@ -16,8 +16,8 @@ from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, Cluster
 
 ANSWER_S: Final = 15.0
 """Longest wait for a supervisor's answer before the cluster counts as unreachable."""
-START_S: Final = 60.0
-"""Longest wait for a new supervisor: a fresh worker process imports torch first."""
+START_S: Final = 180.0
+"""Longest wait for a new supervisor: a fresh worker process imports torch first, and a machine may be busy."""
 SILENT_S: Final = 120.0
 """A supervisor that does not answer for this long, on a cluster that does, is stopped for good: it is killed."""
 T = TypeVar("T")
