@@ -11,12 +11,13 @@ SAELENS := $(SAELENS_VENV)/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long check format saelens gpu-check clean
+.PHONY: help venv demo test test-long coverage check format saelens gpu-check clean
 
 help:
 	@echo "make demo     train a small dictionary of a real language model on this machine, end to end"
 	@echo "make test     run the tests, but for the longest"
 	@echo "make test-long  run the longest: whole services that are killed, every place at which training may be cut off"
+	@echo "make coverage  what COVERED=1 make test test-long ran of the code, and whether it is less than before"
 	@echo "make check    lint, types, import graph"
 	@echo "make format   rewrite the code the way make check wants it"
 	@echo "make saelens  an environment of its own with sae-lens, against which exports are tested"
@@ -55,14 +56,20 @@ demo: $(VENV)/.demo
 	$(BIN)/gnomon demo
 
 # Where `make saelens` has been run, the exports are tested against sae-lens too.
+# With COVERED=1 what runs is measured, and `make coverage` tells.
 PYTEST = GNOMON_SAELENS_PYTHON="$${GNOMON_SAELENS_PYTHON:-$(wildcard $(abspath $(SAELENS_VENV))/bin/python)}" \
-	$(BIN)/python -m pytest
+	$(BIN)/python -m $(if $(COVERED),coverage run -m )pytest
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not long"
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long
+
+# Of the runs since the last report: COVERED=1 make test test-long, then this.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
