@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gnomon.errors import InvalidRequest
-from gnomon.specs import Activation, Alignment
+from gnomon.specs import Activation, Alignment, TopK
+from gnomon_workers.kernels import blocks
 from gnomon_workers.kernels.choice import choose_kernels
 from gnomon_workers.kernels.sparse import SparseKernels
 from tests.support.steps import data, plan_of, step_of
@@ -33,6 +34,15 @@ def check_steps(**fields: Any) -> None:
     for name, weight in weights["sparse"].items():
         # Adam divides by the root of the second moment, which is of the size of eps where a gradient is
         torch.testing.assert_close(weight, weights["reference"][name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("alignment", ["orth", "tied"])
+def test_going_through_all_features_or_those_with_picks_moves_alike(
+    share: float, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "WHOLE_SHARE", share)
+    check_steps(alignment=alignment, activation=TopK(k=2))
 
 
 @pytest.mark.parametrize("alignment", ["none", "scale", "stopgrad", "tied"])

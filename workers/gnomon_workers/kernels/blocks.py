@@ -26,6 +26,9 @@ from gnomon_workers.sae.sparse import FeatureSegments, bag_sums
 BLOCK_BYTES: Final = 1 << 19
 """Of one matrix in a block; eight of them are at work at once. Half of this costs a sixth more time, in calls."""
 
+WHOLE_SHARE: Final = 0.5
+"""Share of the features with picks beyond which all features are gone through."""
+
 
 class BlockedUpdate:
     """Moves the features of one shard block by block; keeps the buffers from step to step, as allocating costs more."""
@@ -49,6 +52,10 @@ class BlockedUpdate:
     ) -> RowGradients:
         """Sums over the picks of a block of features, projected while they are in the cache."""
         params = self._parameters
+        # Where most features have picks, those without are summed too, over nothing: rows then lie as the weights' do,
+        # and neither weights nor gradients are copied from place to place.
+        is_whole = len(segments.touched) > WHOLE_SHARE * params.n_local
+        segments = segments.of_all(params.n_local) if is_whole else segments
         pulls = projections[segments.touched]
         through_encoder = torch.zeros_like(params.W_enc_rows[0])
         squares = through_encoder.new_empty(len(segments.touched), dtype=torch.float64)
@@ -61,10 +68,10 @@ class BlockedUpdate:
             # blocks end between features and picks are in token order: the size of blocks changes no bit of these
             h = bag_sums(sparse.residual_gradients, rows[picks], weights[0][picks], offsets)
             g = bag_sums(sparse.encoder_inputs, segments.tokens[picks], weights[1][picks], offsets)
-            w = params.W_enc_rows.index_select(0, features)
+            w, d = self._rows(features, slice(start, stop) if is_whole else None)
             # the one sum over features: its rounding follows the blocks, whose size must depend on shapes alone
             through_encoder.addmv_(w.t(), pulls[start:stop])
-            self._project(g, h, w, features)
+            self._project(g, h, w, d)
             self._decoder[start:stop] = h
             squares[start:stop] = _square_sums(h)
             if not self._is_tied:
@@ -97,8 +104,13 @@ class BlockedUpdate:
                 encoder_copy[start:stop] = w
         return torch.stack(smallest).min() if smallest else None
 
-    def _project(self, g: Tensor, h: Tensor, w: Tensor, features: Tensor) -> None:
-        d = w if self._is_tied else self._parameters.W_dec.index_select(0, features)
+    def _rows(self, features: Tensor, block: slice | None) -> tuple[Tensor, Tensor]:
+        """Encoder and decoder rows of some features, which may be the block [start, stop) of all."""
+        matrices = self._parameters.W_enc_rows, self._parameters.W_dec
+        w, d = (rows[block] if block is not None else rows.index_select(0, features) for rows in matrices)
+        return w, w if self._is_tied else d
+
+    def _project(self, g: Tensor, h: Tensor, w: Tensor, d: Tensor) -> None:
         if self._is_tied:
             h.add_(g)  # one matrix, whose gradient is the sum of both
         self._rule.project(g, h, w, d)

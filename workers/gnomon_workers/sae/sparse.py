@@ -93,6 +93,13 @@ class FeatureSegments:
     offsets: Tensor
     """(n_touched + 1,) the picks of touched[i] are [offsets[i], offsets[i + 1])."""
 
+    def of_all(self, n_features: int) -> FeatureSegments:
+        """The same segments among empty ones for the features, of n_features, that have no pick."""
+        counts = torch.zeros(n_features, dtype=torch.int64, device=self.touched.device)
+        counts[self.touched] = self.offsets.diff()
+        touched = torch.arange(n_features, device=self.touched.device)
+        return FeatureSegments(order=self.order, tokens=self.tokens, touched=touched, offsets=offsets_of(counts))
+
 
 def sort_by_feature(features: Tensor, tokens: Tensor) -> FeatureSegments:
     """Group picks by feature; picks of one feature stay in token order."""
