@@ -173,7 +173,9 @@ class ProcessGang:
             assert time.monotonic() < deadline, f"nothing happens; last report {attempt.reports[-1:]}"
             ready = wait([*pipes, *(p.sentinel for p in processes)], timeout=1.0)
             for rank, pipe in enumerate(pipes):
-                if pipe in ready and (said := _read(pipe, attempt)):
+                if pipe not in ready:
+                    continue
+                if said := _read(pipe, attempt):
                     deadline = time.monotonic() + LIMIT_S
                     kind, data = said
                     if kind == "end":
@@ -181,6 +183,11 @@ class ProcessGang:
                         attempt.refused = attempt.refused or data.get("refused")
                     elif kind == "metrics":
                         on_step(data["step"], pids)
+                else:
+                    code = processes[rank].exitcode
+                    assert rank in ended or code in (None, -signal.SIGKILL), (
+                        f"rank {rank} ended with {code}: see the log"
+                    )
             if attempt.refused is not None:
                 return
             dead = [r for r, p in enumerate(processes) if p.exitcode is not None and r not in ended]
