@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ def main() -> int:
 
 def beside(home: Path, n_busy: int, arguments: list[str]) -> int:
     """Run pytest beside the busy loops and the service."""
+    # the second service's workers take part like anybody's, not at the low priority that Ray gives them
+    os.environ["RAY_worker_niceness"] = "0"
     (home / "inputs").mkdir()
     make_glass_folder(home / "inputs/model")
     make_corpus(home / "inputs/corpus.jsonl")
