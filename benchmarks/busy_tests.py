@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus
+from tests.support.models import make_glassllm
 
 from gnomon import Client, Mesh, ModelSource, TextSource, TopK, TrainSpec
 from gnomon.resources import TERMINAL_STATES, Job
@@ -42,9 +43,9 @@ def main() -> int:
 def beside(home: Path, n_busy: int, arguments: list[str]) -> int:
     """Run pytest beside the busy loops and the service."""
     # the second service's workers take part like anybody's, not at the low priority that Ray gives them
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
     (home / "inputs").mkdir()
-    make_glass_folder(home / "inputs/model")
+    make_glassllm(home / "inputs/model")
     make_corpus(home / "inputs/corpus.jsonl")
     settings = load_settings(home=home, port=0, n_cpus=2, input_roots=(str(home / "inputs"),))
     loops = [multiprocessing.Process(target=_turn, daemon=True) for _ in range(n_busy)]

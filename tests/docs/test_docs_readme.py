@@ -17,7 +17,8 @@ from gnomon.client import Client
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
 from tests.support.blocks import ROOT, example
-from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus
+from tests.support.models import make_glassllm
 
 pytestmark = pytest.mark.long
 HOOK = "model.layers.2"
@@ -59,7 +60,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     """A home with a service in it, a small model and a small corpus."""
     home = tmp_path_factory.mktemp("reader")
     (home / "inputs").mkdir()
-    make_glass_folder(home / "inputs/model")
+    make_glassllm(home / "inputs/model")
     make_corpus(home / "inputs/corpus.jsonl")
     settings = load_settings(home=home / ".gnomon", port=0, input_roots=(str(home / "inputs"),), n_cpus=2)
     with Embedded(settings) as service, Client(service.url, service.key) as client:

@@ -17,7 +17,8 @@ from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.text import check_text
 from gnomon_workers.models.catalog import describe_model
 from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome
-from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus
+from tests.support.models import make_glassllm
 from tests.support.rays import NAMESPACE, local_ray
 from tests.support.seaweed import environment, new_place, s3_server
 from tests.support.waiting import wait_until
@@ -56,7 +57,7 @@ def finish(cluster: RayCluster, task: Assignment) -> dict[str, Any]:
 
 def harvest_spec(folder: Path) -> HarvestSpec:
     """A harvest of a small model and text, which lie in a local folder."""
-    make_glass_folder(folder / "model")
+    make_glassllm(folder / "model")
     make_corpus(folder / "corpus.jsonl", n_documents=300)
     return HarvestSpec.model_validate(
         {

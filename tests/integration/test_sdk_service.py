@@ -21,7 +21,8 @@ from gnomon.client import Client
 from gnomon.specs import HarvestSpec, TrainSpec
 from gnomon_service.app import make_app
 from gnomon_service.settings import load_settings
-from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus
+from tests.support.models import make_glassllm
 from tests.support.waiting import wait_until
 
 
@@ -41,7 +42,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     home = tmp_path_factory.mktemp("api")
     inputs = home / "inputs"
     inputs.mkdir()
-    make_glass_folder(inputs / "model")
+    make_glassllm(inputs / "model")
     make_corpus(inputs / "corpus.jsonl", n_documents=50)
     app = make_app(load_settings(home=home, input_roots=(str(inputs),), poll_s=0.05))
     key = app.state.services.keys.create(project="default", name="test", scopes=("admin",)).key

@@ -24,7 +24,7 @@ from gnomon_storage.arrays import (
 )
 from gnomon_storage.location import Location
 from gnomon_storage.shuffle import BatchReader
-from tests.support.activation_stores import make_store
+from tests.support.activation_stores import make_counted_store
 from tests.support.bfloat16 import bfloat16_from_float32
 from tests.support.seaweed import environment, new_place, s3_server
 
@@ -368,7 +368,7 @@ def test_zarr_itself_reads_the_arrays(root: Location) -> None:
 
 
 def test_a_whole_activation_store(root: Location) -> None:
-    store = make_store(root.url, sizes=(300, 200), dtype="bfloat16")
+    store = make_counted_store(root.url, sizes=(300, 200), dtype="bfloat16")
     store.check_quick()
     store.verify()
     with BatchReader(store, "layers.0", seed=0, batch_size=100) as batches:

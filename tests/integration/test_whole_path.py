@@ -31,7 +31,8 @@ from gnomon.specs import (
 )
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
-from tests.support.glass import make_corpus, make_glass_folder
+from tests.support.glass import make_corpus
+from tests.support.models import make_glassllm
 from tests.support.own_processes import own_pids
 from tests.support.waiting import wait_until
 
@@ -114,7 +115,7 @@ class Live:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     home = tmp_path_factory.mktemp("home")
     (home / "inputs").mkdir()
-    make_glass_folder(home / "inputs/model")
+    make_glassllm(home / "inputs/model")
     make_corpus(home / "inputs/corpus.jsonl")
     settings = load_settings(
         home=home, port=0, n_cpus=4, input_roots=(str(home / "inputs"),), lease_s=15.0, beat_s=1.0, retry_base_s=0.1

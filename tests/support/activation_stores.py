@@ -47,7 +47,7 @@ def write_segment(
     return writer.commit()
 
 
-def make_store(
+def make_counted_store(
     folder: Path | str, sizes: tuple[int, ...] = (700, 513, 300), dtype: Dtype = "float32"
 ) -> ActivationStore:
     """A sealed store of training segments with the given numbers of rows, and one of 60 held out."""

@@ -1,4 +1,4 @@
-"""What a whole run needs: a real, small language model in a folder, and enough text to harvest."""
+"""Enough text for a whole run with the small language model of models.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
-from tests.support.models import make_glassllm as make_glass_folder
-
-__all__ = ["make_corpus", "make_glass_folder"]
 
 SENTENCE = "the queen said to her cat that a little door in the garden was never seen by any white rabbit"
 

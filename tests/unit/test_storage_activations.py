@@ -15,7 +15,7 @@ from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import float32_from_bfloat16
 from gnomon_storage.location import Location
 from gnomon_storage.writing import load_commit, remove_leftovers
-from tests.support.activation_stores import HOOKS, known_rows, make_store, seal_store, write_segment
+from tests.support.activation_stores import HOOKS, known_rows, make_counted_store, seal_store, write_segment
 from tests.support.bfloat16 import bfloat16_from_float32
 
 
@@ -26,7 +26,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(writing.CHUNK_BYTES, "file", 1)  # chunks of 256 rows
-    make_store(tmp_path)
+    make_counted_store(tmp_path)
     store = ActivationStore.open(Location.open(str(tmp_path)))
     store.check_quick()
     store.verify()
@@ -43,7 +43,7 @@ def test_rows_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_manifest_counts_and_means(tmp_path: Path) -> None:
-    manifest = make_store(tmp_path).manifest
+    manifest = make_counted_store(tmp_path).manifest
     assert (manifest.n_rows, manifest.n_held_out_rows) == (1513, 60)
     rows = np.concatenate([known_rows(0, 700, 8), known_rows(700, 513, 8), known_rows(1213, 300, 8)]).astype(float)
     np.testing.assert_allclose(manifest.hooks["layers.0"].mean, rows.mean(0), rtol=1e-12)
@@ -54,7 +54,7 @@ def test_manifest_counts_and_means(tmp_path: Path) -> None:
 
 
 def test_index_columns_name_each_row(tmp_path: Path) -> None:
-    store = make_store(tmp_path)
+    store = make_counted_store(tmp_path)
     segment = store.manifest.split("held_out")[0]
     contexts = store.contexts(segment)
     context_ids, positions = store.column(segment, "context_ids"), store.column(segment, "positions")
@@ -63,7 +63,7 @@ def test_index_columns_name_each_row(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_stored_as_its_bits(tmp_path: Path) -> None:
-    store = make_store(tmp_path, sizes=(300,), dtype="bfloat16")
+    store = make_counted_store(tmp_path, sizes=(300,), dtype="bfloat16")
     segment = store.manifest.segments[0]
     assert store.read_raw("layers.0", segment, 0, 300).dtype == np.uint16
     rows = known_rows(0, 300, 8)
@@ -89,7 +89,7 @@ def test_an_unsealed_store_is_not_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
 def test_every_damaged_file_is_detected(tmp_path: Path, damage: str) -> None:
-    make_store(tmp_path / "whole", sizes=(600, 300))
+    make_counted_store(tmp_path / "whole", sizes=(600, 300))
     n_damaged = 0
     for path in files_of(tmp_path / "whole"):
         copy = tmp_path / "copy"
@@ -115,7 +115,7 @@ def test_every_damaged_file_is_detected(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
 def test_quick_check_sees_lost_bytes(tmp_path: Path, damage: str) -> None:
-    store = make_store(tmp_path, sizes=(600,))
+    store = make_counted_store(tmp_path, sizes=(600,))
     chunk = next(path for path in files_of(tmp_path) if "segments" in str(path) and "layers.1/c" in str(path))
     if damage == "delete":
         chunk.unlink()
@@ -128,7 +128,7 @@ def test_quick_check_sees_lost_bytes(tmp_path: Path, damage: str) -> None:
 
 
 def test_swapped_segments_are_detected(tmp_path: Path) -> None:
-    store = make_store(tmp_path, sizes=(300, 300))
+    store = make_counted_store(tmp_path, sizes=(300, 300))
     one, two = (tmp_path / segment.path for segment in store.manifest.split("segments"))
     one.rename(tmp_path / "x")
     two.rename(one)
@@ -138,7 +138,7 @@ def test_swapped_segments_are_detected(tmp_path: Path) -> None:
 
 
 def test_swapped_commits_are_detected(tmp_path: Path) -> None:
-    store = make_store(tmp_path, sizes=(300, 300))
+    store = make_counted_store(tmp_path, sizes=(300, 300))
     one, two = tmp_path / "segments" / "part-00000.json", tmp_path / "segments" / "part-00001.json"
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
@@ -148,7 +148,7 @@ def test_swapped_commits_are_detected(tmp_path: Path) -> None:
 
 
 def test_an_edited_manifest_is_detected(tmp_path: Path) -> None:
-    make_store(tmp_path, sizes=(300,))
+    make_counted_store(tmp_path, sizes=(300,))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["n_rows"] = 299
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -157,7 +157,7 @@ def test_an_edited_manifest_is_detected(tmp_path: Path) -> None:
 
 
 def test_verification_can_be_shared_out(tmp_path: Path) -> None:
-    store = make_store(tmp_path, sizes=(300, 300))
+    store = make_counted_store(tmp_path, sizes=(300, 300))
     chunk = next(path for path in files_of(tmp_path) if "part-00001" in str(path) and "layers.1/c" in str(path))
     chunk.write_bytes(bytes(chunk.stat().st_size))
     n_found = 0

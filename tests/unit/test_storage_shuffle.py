@@ -9,7 +9,7 @@ from gnomon.errors import InvalidRequest
 from gnomon_storage import writing
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.shuffle import BatchReader, RowOrder
-from tests.support.activation_stores import make_store
+from tests.support.activation_stores import make_counted_store
 
 SIZES = (700, 513, 300)
 N_ROWS = sum(SIZES)
@@ -24,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     """A store with seven chunks, the last of every segment short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(writing.CHUNK_BYTES, "file", 1)
-        return make_store(tmp_path_factory.mktemp("store"), sizes=SIZES)
+        return make_counted_store(tmp_path_factory.mktemp("store"), sizes=SIZES)
 
 
 def reader(store: ActivationStore, *, seed: int = 0, hook: str = "layers.0", buffer: int = BUFFER_BYTES) -> BatchReader:
