@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -42,8 +41,6 @@ def main() -> int:
 
 def beside(home: Path, n_busy: int, arguments: list[str]) -> int:
     """Run pytest beside the busy loops and the service."""
-    # the second service's workers take part like anybody's, not at the low priority that Ray gives them
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
     (home / "inputs").mkdir()
     make_glassllm(home / "inputs/model")
     make_corpus(home / "inputs/corpus.jsonl")
