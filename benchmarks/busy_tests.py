@@ -1,7 +1,7 @@
 """Do the tests hold on a busy machine, and do they harm nobody? Runs them beside busy loops and a second service.
 
-    python benchmarks/busy_tests.py                       # all of tests/integration
-    python benchmarks/busy_tests.py --busy 8 tests/unit   # what pytest is given
+    python benchmarks/busy_tests.py                          # what `make test` runs
+    python benchmarks/busy_tests.py --busy 8 -- tests/unit   # what pytest is given
 
 The service is a second one, in a home of its own, with a training under way. Ends with 1 where a test failed, or where
 that training was disturbed: it must have gone on, at its first attempt.
@@ -33,7 +33,7 @@ def main() -> int:
     """Run, and say how it went."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, default=8, help="processes that do nothing but turn")
-    parser.add_argument("pytest", nargs="*", default=["tests/integration"], help="arguments of pytest")
+    parser.add_argument("pytest", nargs="*", default=["-m", "not long"], help="arguments of pytest")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gnomon-busy-") as folder:
         return beside(Path(folder), arguments.busy, arguments.pytest)
