@@ -66,11 +66,5 @@ def make_store(
             "packing": {"kind": "concat", "bos": False},
             "drop": {"special_tokens": True},
         },
-        context_length=CONTEXT_LENGTH,
-        packing={},
-        drop={},
-        model={},
-        tokenizer={},
-        text={},
-        versions={},
-    )
+        context_length=CONTEXT_LENGTH, packing={}, drop={}, model={}, tokenizer={}, text={}, versions={},
+    )  # fmt: skip
