@@ -75,7 +75,7 @@ def endless(inputs: Path) -> TrainSpec:
         hooks=("model.layers.1",), context_length=64, token_budget=16_384,
     )  # fmt: skip
     return TrainSpec(
-        activations=harvest, d_sae=256, activation=TopK(k=8), batch_size=64, token_budget=10**12, mesh=Mesh(features=2),
+        activations=harvest, d_sae=256, activation=TopK(k=8), batch_size=64, token_budget=10**12, mesh=Mesh(),
         log_every=10_000, checkpoint_every=10_000, evaluation=None,
     )  # fmt: skip
 
