@@ -54,7 +54,7 @@ class StepMetrics(Measured):
     l0: float | None = None
     """Active features of a token, on average."""
     dead_fraction: float | None = None
-    """Share of features that have not fired for dead_after_tokens."""
+    """Share of features that have not fired for dead_after_tokens; None until as many tokens were seen."""
     lr: float | None = None
     """Learning rate of the step."""
     grad_norm: float | None = None
@@ -138,7 +138,7 @@ class DictionaryMetrics(Measured):
     """What is known of a dictionary; everything but `dead_fraction` and `alignment` on held-out activations."""
 
     dead_fraction: float | None = None
-    """Share of features that had not fired for dead_after_tokens when training ended."""
+    """Share of features that had not fired for dead_after_tokens when training ended; None where that is unknown."""
     n_tokens: int | None = None
     """Held-out activations that were used."""
     fvu: float | None = None
@@ -167,7 +167,7 @@ class DictionaryMetrics(Measured):
     """Share of features that fire on less than one activation in 10,000."""
     density_histogram: DensityHistogram | None = None
     """Features by how often they fire."""
-    fvu_by_hook: dict[str, float] | None = None
+    fvu_by_hook: dict[str, float | None] | None = None
     """Of a crosscoder: the FVU of each hook."""
     n_predictions: int | None = None
     """Next-token predictions that cross-entropy and KL are means over."""
@@ -183,6 +183,8 @@ class DictionaryMetrics(Measured):
     """KL(original || patched), nats."""
     kl_score: float | None = None
     """1 - kl over the same with zeros."""
+    skipped: str | None = None
+    """Why there are no metrics of held-out activations."""
     ce_skipped: str | None = None
     """Why there is no cross-entropy."""
     alignment: AlignmentMetrics | None = None

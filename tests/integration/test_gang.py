@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from gnomon.errors import CorruptArtifact
+from gnomon.errors import CorruptArtifact, GnomonError
 from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.answers import answers
 from gnomon_workers.runtime.gang import Gang
@@ -39,7 +40,11 @@ class Member:
 
     @answers
     def fail(self) -> None:
-        raise RuntimeError("out of luck")
+        raise OSError(errno.EIO, "out of luck")
+
+    @answers
+    def stumble(self) -> None:
+        raise ValueError("no such shape")
 
     @answers
     def refuse(self) -> None:
@@ -74,6 +79,15 @@ def test_a_failing_member_is_noticed_with_its_reason() -> None:
         running = [gang.members[0].work.remote(60), gang.members[1].fail.remote()]
         with pytest.raises(WorkerLost, match="out of luck"):
             gang.watch(running, lambda: None)
+
+
+def test_an_error_that_would_come_again_is_the_jobs_own_with_its_place() -> None:
+    with Gang.start(Member, 2) as gang:
+        running = [gang.members[0].work.remote(60), gang.members[1].stumble.remote()]
+        with pytest.raises(GnomonError, match=r"no such shape \(at test_gang.py:\d+ in stumble\)") as caught:
+            gang.watch(running, lambda: None)
+    assert (caught.value.code, caught.value.retryable) == ("internal", False)
+    assert caught.value.detail["trace"].rstrip().endswith("ValueError: no such shape")
 
 
 def test_a_members_refusal_is_raised_as_the_error_that_it_is_while_another_works() -> None:

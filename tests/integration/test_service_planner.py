@@ -90,6 +90,13 @@ def test_a_shape_that_only_the_width_shows_to_be_wrong_is_refused(service: Servi
     assert "variant 'wide': k=25 exceeds d_sae=24" in problem["detail"]
 
 
+def test_settings_without_effect_are_refused(service: Service) -> None:
+    problem = refuse(service, service.train(schedule={"warmup_steps": 10_000_000}), 422, "invalid_spec")
+    assert "schedule.warmup_steps=10000000 is not reached" in problem["detail"]
+    problem = refuse(service, service.train(dead_after_tokens=10**9), 422, "invalid_spec")
+    assert "no feature could ever count as dead" in problem["detail"]
+
+
 def test_a_mesh_must_fit_the_cluster(service: Service) -> None:
     spec = service.train(mesh={"dp": 2, "features": 3}, batch_size=1024)
     service.submit(spec)

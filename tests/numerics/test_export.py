@@ -87,5 +87,5 @@ def test_a_folder_is_published_once_its_manifest_is_there(tmp_path: Path) -> Non
 def test_hook_names_translate_to_transformer_lens() -> None:
     assert transformer_lens_name("model.layers.6") == "blocks.6.hook_resid_post"
     assert transformer_lens_name("transformer.h.11") == "blocks.11.hook_resid_post"
-    assert transformer_lens_name("encoder.layer.2") == "blocks.2.hook_resid_post"
+    assert transformer_lens_name("encoder.layer.2") == "encoder.layer.2"
     assert transformer_lens_name("model.layers.6.mlp") == "model.layers.6.mlp"

@@ -30,16 +30,22 @@ def write_inputs(folder: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
         "hidden_size": D_IN,
         "vocab_size": 32,
         "max_position_embeddings": N_POSITIONS,
     }
     (model / "config.json").write_text(json.dumps(config))
     (model / "tokenizer.json").write_text("{}")
-    shapes = {"model.embed_tokens.weight": (32, D_IN), "model.norm.weight": (D_IN,)}
+    shapes = {"model.embed_tokens.weight": (32, D_IN), "lm_head.weight": (32, D_IN), "model.norm.weight": (D_IN,)}
     for layer in range(2):
-        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (D_IN, 32)
-        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (D_IN,)
+        path = f"model.layers.{layer}"
+        shapes |= {f"{path}.self_attn.{part}_proj.weight": (D_IN, D_IN) for part in "qkvo"}
+        shapes |= {f"{path}.{part}_layernorm.weight": (D_IN,) for part in ("input", "post_attention")}
+        shapes |= {f"{path}.mlp.{part}_proj.weight": (32, D_IN) for part in ("gate", "up")}
+        shapes[f"{path}.mlp.down_proj.weight"] = (D_IN, 32)
     save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, model / "model.safetensors")
     (folder / "text.txt").write_text("a few words")
     (folder / "empty.txt").write_text("")

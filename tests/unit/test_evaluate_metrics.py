@@ -77,3 +77,12 @@ def test_sarle_tells_two_modes_from_one() -> None:
     bimodal, unimodal = sarle_coefficient(two), sarle_coefficient(one)
     assert bimodal is not None and unimodal is not None
     assert unimodal < 5 / 9 < bimodal
+
+
+def test_what_is_undefined_of_a_single_row_is_unknown() -> None:
+    x = torch.ones(1, 4)
+    found = CoreSums.of(x, torch.zeros(1, 8), torch.zeros(1, 4)).result(k=4, hooks={"a": 2, "b": 2})
+    assert (found.fvu, found.explained_variance, found.relative_reconstruction_bias) == (None, None, None)
+    assert found.fvu_by_hook == {"a": None, "b": None}
+    assert (found.n_tokens, found.l0, found.n_never_fired) == (1, 0, 8)
+    found.model_dump_json()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from gnomon_workers.evaluate import patching, tails
 from gnomon_workers.evaluate.patching import Hooks, layers_up_to, patch_sums
 
 
@@ -158,3 +159,22 @@ def test_layers_up_to_a_hook() -> None:
     model = llama()
     assert len(layers_up_to(model, "model.layers.2")) == 3
     assert layers_up_to(model, "model.layers.2.mlp") == []
+
+
+def test_layers_are_left_out_where_that_gives_the_same_bits(case: tuple[nn.Module, str]) -> None:
+    model, hook = case
+    tokens, is_stored = contexts()
+    patch_sums(model, Hooks.one(hook), tokens, is_stored, torch.zeros_like)
+    assert patching._can_skip.get(model, {}) == ({hook: True} if layers_up_to(model, hook) else {})
+
+
+def test_sums_do_not_depend_on_how_many_logits_are_held(
+    case: tuple[nn.Module, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hook = case
+    tokens, is_stored = contexts()
+    whole = patch_sums(model, Hooks.one(hook), tokens, is_stored, torch.zeros_like)
+    monkeypatch.setattr(tails, "MAX_LOGITS", 1)
+    assert tails.Tail(model).is_divided
+    parts = patch_sums(model, Hooks.one(hook), tokens, is_stored, torch.zeros_like)
+    assert parts.result().model_dump() == pytest.approx(whole.result().model_dump(), rel=1e-5, abs=1e-6)

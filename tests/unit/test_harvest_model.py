@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,6 +13,7 @@ from gnomon.errors import InvalidRequest
 from gnomon.specs import ModelSource
 from gnomon_workers.models.gguf_folder import gguf_folder
 from gnomon_workers.models.loading import load_model, read_activations
+from tests.support.gguf_files import write_gguf
 
 CPU = torch.device("cpu")
 
@@ -53,41 +53,6 @@ def test_nothing_above_the_last_hook_is_run(llama: LlamaForCausalLM) -> None:
         handle.remove()
     assert reached == [0, 1]
     assert len(llama.model.layers[1]._forward_hooks) == n_hooks
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM, architecture: str = "llama") -> None:
-    """A small GGUF file as llama.cpp's converter would write it: q and k rows in adjacent pairs."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
-    letters = [chr(c) for c in range(ord("A"), ord("A") + 57)]
-    tokens = ["<|start|>", "<|end|>", *letters, "AB"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, *[1] * 58])
-    writer.add_token_merges(["A B"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads or 0
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        stem, kind = name.rsplit(".", 1)
-        writer.add_tensor(f"{names.get_name(stem)}.{kind}", np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture
@@ -139,3 +104,14 @@ def test_pickled_weights_are_not_read(tmp_path: Path, llama: LlamaForCausalLM) -
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04 a pickle would be here")
     with pytest.raises(OSError, match="safetensors"):
         load_model(ModelSource(source=str(tmp_path)), [str(tmp_path)], device=CPU)
+
+
+def test_activations_are_kept_as_they_were_given() -> None:
+    """CTRL scales its embeddings in place after the module that gives them."""
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 16, "vocab_size": 60, "n_positions": 32}
+    model = CTRLLMHeadModel(CTRLConfig(**sizes)).eval()
+    ids = torch.arange(3, 10)[None]
+    seen = read_activations(model, ["transformer.w", "transformer.h.1"], ids, torch.ones_like(ids))
+    assert torch.equal(seen["transformer.w"], model.transformer.w.weight[ids])

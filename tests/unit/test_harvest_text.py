@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gnomon.errors import InvalidRequest
 from gnomon.specs import TextSource
-from gnomon_workers.harvest.text import check_text, read_documents, resolve_text
+from gnomon_workers.harvest.text import check_text, matches, read_documents, resolve_text
 
 
 def documents(root: Path, *sources: TextSource) -> list[str]:
@@ -62,6 +65,32 @@ def test_patterns_do_not_lead_out(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest) as caught:
             documents(tmp_path / "in", TextSource(url=url))
         assert caught.value.code == "location_not_allowed"
+
+
+def test_an_object_is_one_document_or_holds_documents(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps({"id": "17", "title": "A title", "text": "the text"}))
+    assert documents(tmp_path, TextSource(url=str(tmp_path / "record.json"))) == ["the text"]
+    (tmp_path / "other.json").write_text(json.dumps({"id": "17", "body": "the text"}))
+    with pytest.raises(InvalidRequest, match="has no field 'text'; it has 'body', 'id'") as caught:
+        documents(tmp_path, TextSource(url=str(tmp_path / "other.json")))
+    assert caught.value.code == "unknown_field"
+
+
+def test_halves_of_characters_become_the_replacement_character(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a \\ud83d b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert documents(tmp_path, TextSource(url=str(tmp_path / "x.jsonl"))) == ["a \ufffd b", "\U0001f600"]
+
+
+@given(st.text("ab*", max_size=12), st.text("ab", max_size=12))
+def test_a_pattern_means_what_an_expression_would(pattern: str, name: str) -> None:
+    expression = ".*".join(re.escape(part) for part in pattern.split("*"))
+    assert matches(name, pattern) == (re.fullmatch(expression, name) is not None)
+
+
+def test_stars_cost_nothing(tmp_path: Path) -> None:
+    (tmp_path / ("a" * 200 + ".txt")).write_text("text")
+    with pytest.raises(InvalidRequest, match="no text file matches"):
+        documents(tmp_path, TextSource(url=f"{tmp_path}/{'*a' * 24}*b"))
 
 
 @pytest.mark.parametrize(

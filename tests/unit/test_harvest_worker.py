@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from gnomon.errors import InvalidRequest
@@ -16,7 +20,7 @@ from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_storage.writing import seal
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
-from gnomon_workers.harvest.tokens import load_tokenizer, make_contexts
+from gnomon_workers.harvest.tokens import known_to_the_model, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker, as_stored
 from gnomon_workers.models.loading import load_model, model_folder
 from gnomon_workers.runtime.answers import value_of
@@ -107,6 +111,38 @@ def test_bos_begins_every_context_and_shifts_nothing(glass: Path, tmp_path: Path
         assert tokens[0] == 2
         assert positions == [n for n in range(1, 32) if tokens[n] > 3]
         np.testing.assert_allclose(rows, glassllm_residuals(tokens)[2][positions], atol=3e-5)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_contexts_begin_with_bos_where_the_tokenizer_adds_it(glass: Path, tmp_path: Path, adds_bos: bool) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(glass, model)
+    if adds_bos:
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+        tokenizer.save(str(model / "tokenizer.json"))
+    own, spec = load_tokenizer(model), make_spec(model, packing={"kind": "concat", "separator": "none"})
+    contexts = list(make_contexts(iter(DOCUMENTS), own, spec))
+    assert {context[0] == 2 for context in contexts} == {adds_bos}
+    assert (own.context_bos(spec.packing) is not None) == adds_bos
+
+
+def test_a_document_that_is_cut_keeps_its_beginning(glass: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(glass, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"truncation_side": "left"}))
+    spec = make_spec(model, packing={"kind": "document"})
+    (context,) = make_contexts(iter([ALICE]), load_tokenizer(model), spec)
+    np.testing.assert_array_equal(context, glassllm_ids(ALICE)[: len(context)])
+
+
+def test_a_token_that_the_model_does_not_embed_is_refused() -> None:
+    contexts = [np.array([1, 2], np.int32), np.array([1, 60], np.int32)]
+    assert len(list(known_to_the_model(contexts, 61))) == 2
+    with pytest.raises(InvalidRequest, match="token 60, and the model embeds 60") as caught:
+        list(known_to_the_model(contexts, 60))
+    assert caught.value.code == "token_not_embedded"
 
 
 def test_bfloat16_rows_are_the_rounded_ones(glass: Path, tmp_path: Path) -> None:

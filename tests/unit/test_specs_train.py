@@ -105,3 +105,36 @@ def test_each_variant_is_a_spec_of_its_own_on_the_same_data() -> None:
     assert batch.activation == BatchTopK(k=5)
     assert (rate.optimizer.lr, rate.optimizer.beta1, rate.alignment) == (1e-3, 0.5, "none")
     assert seed == alone.model_copy(update={"seed": 7, "data_seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({}, 250_000),
+        ({"token_budget": 10**9}, 10**7),
+        ({"dead_after_tokens": 7}, 7),
+        ({"token_budget": 4096, "batch_size": 4096}, 1024),
+    ],
+)
+def test_dead_window_scales_with_the_run(fields: dict[str, Any], window: int) -> None:
+    assert TrainSpec.model_validate(BASE | fields).dead_window == window
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"schedule": {"warmup_steps": 244}}, r"schedule\.warmup_steps=244 is not reached by a run of 244 steps"),
+        ({"activation": {"kind": "relu", "warmup_steps": 10**7}}, r"activation\.warmup_steps=10000000 is not reached"),
+        ({"activation": {"kind": "p_anneal", "start_step": 300}}, r"activation\.start_step=300 is not reached"),
+        ({"dead_after_tokens": 10**6 + 1}, "no feature could ever count as dead"),
+    ],
+)
+def test_settings_behind_the_end_of_the_run_are_named(change: dict[str, Any], word: str) -> None:
+    spec = TrainSpec.model_validate(BASE | change)  # a job of an earlier release may hold it
+    with pytest.raises(ValueError, match=word):
+        spec.check_reach()
+
+
+def test_usual_settings_are_within_reach() -> None:
+    TrainSpec.model_validate(BASE).check_reach()
+    TrainSpec.model_validate(BASE | {"activation": {"kind": "p_anneal"}, "token_budget": 4096}).check_reach()

@@ -37,8 +37,9 @@ class ConcatPacking(Spec):
     kind: Literal["concat"] = "concat"
     separator: Literal["eos", "bos", "none"] = "eos"
     """Token written after every document."""
-    bos: bool = False
-    """Begin every context with the tokenizer's BOS token."""
+    bos: bool | Literal["auto"] = "auto"
+    """Begin every context with the tokenizer's BOS token; "auto" where the tokenizer begins texts with it by itself,
+    for a model that was trained with it is another one without."""
 
 
 class DocumentPacking(Spec):
@@ -94,6 +95,11 @@ class HarvestSpec(Spec):
     def _check(self) -> Self:
         if len(set(self.hooks)) != len(self.hooks):
             raise ValueError("hooks lists the same hook twice; name each once")
+        if isinstance(self.packing, ConcatPacking) and self.token_budget < self.context_length:
+            raise ValueError(
+                f"token_budget={self.token_budget} is less than one context of {self.context_length} tokens; "
+                "raise token_budget or lower context_length"
+            )
         if self.drop.first_positions >= self.context_length:
             raise ValueError(
                 f"drop.first_positions={self.drop.first_positions} leaves nothing of context_length="

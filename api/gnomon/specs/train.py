@@ -134,8 +134,9 @@ class TrainSpec(Spec):
     """Scale inputs to unit mean squared norm; folded back into the exported weights."""
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
     """Initial decoder bias, from a first sample of the activations."""
-    dead_after_tokens: Annotated[int, Field(ge=1, le=10**12)] = 10_000_000
-    """A feature that has not fired for this many tokens counts as dead."""
+    dead_after_tokens: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    """A feature that has not fired for this many tokens counts as dead; None = 10,000,000, or a quarter of a run of
+    fewer than 40,000,000 tokens. Until that many tokens were seen, nothing is known of dead features."""
     log_every: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Steps between two metrics reports."""
     checkpoint_every: Annotated[int, Field(ge=1, le=10**7)] = 500
@@ -178,6 +179,35 @@ class TrainSpec(Spec):
             raise ValueError("variants lists the same name twice; give each its own")
         self.variant_specs()
         return self
+
+    @property
+    def dead_window(self) -> int:
+        """Tokens without firing after which a feature counts as dead, with the default resolved."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return max(1, min(10_000_000, self.token_budget // 4))
+
+    def check_reach(self) -> None:
+        """Raise ValueError for a setting whose effect lies behind the end of the run.
+
+        Asked of what is submitted, and not of every spec that is read: jobs of earlier releases hold such settings.
+        """
+        if self.dead_window > self.token_budget:
+            raise ValueError(
+                f"dead_after_tokens={self.dead_window} exceeds token_budget={self.token_budget}: no feature could ever "
+                "count as dead; lower it, or leave it out for a quarter of the run"
+            )
+        steps = {
+            "schedule.warmup_steps": self.schedule.warmup_steps,
+            "activation.warmup_steps": getattr(self.activation, "warmup_steps", None),
+            "activation.start_step": getattr(self.activation, "start_step", None),
+        }
+        for name, step in steps.items():
+            if step is not None and step >= self.n_steps:
+                raise ValueError(
+                    f"{name}={step} is not reached by a run of {self.n_steps} steps; lower it, or leave it out for a "
+                    "share of the run"
+                )
 
     @property
     def variant_names(self) -> tuple[str, ...]:

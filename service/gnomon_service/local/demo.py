@@ -137,7 +137,6 @@ def make_spec(model: Path, text: Path, *, activation: str, n_steps: int) -> Trai
         token_budget=n_steps * BATCH_SIZE,
         batch_size=BATCH_SIZE,
         mesh=Mesh(dp=1, features=2),
-        dead_after_tokens=290_000,
         checkpoint_every=250,
         evaluation=Evaluation(),
     )

@@ -126,13 +126,14 @@ def _check_known(name: str, source: _Source) -> None:
 
 def _check_shape(spec: TrainSpec, d_in: int | None, database: Database) -> None:
     d_sae = spec.d_sae
-    if d_in is not None:
-        for variant, its_spec in zip(spec.variant_names, spec.variant_specs(), strict=True):
-            try:
+    for variant, its_spec in zip(spec.variant_names, spec.variant_specs(), strict=True):
+        try:
+            its_spec.check_reach()
+            if d_in is not None:
                 d_sae = its_spec.resolve_d_sae(d_in)
-            except ValueError as error:
-                of = f"variant {variant!r}: " if variant else ""
-                raise InvalidRequest(f"spec: {of}{error}", code="invalid_spec") from error
+        except ValueError as error:
+            of = f"variant {variant!r}: " if variant else ""
+            raise InvalidRequest(f"spec: {of}{error}", code="invalid_spec") from error
     if isinstance(spec.mesh, Mesh):
         with database.read() as connection:
             _check_mesh(spec, spec.mesh, d_sae, read_cluster(connection))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from gnomon.errors import GnomonError, InvalidRequest
+from gnomon.errors import InvalidRequest
 from gnomon.events import Logged
 from gnomon.specs import EvaluateSpec, HarvestSpec, Spec, TrainSpec
 from gnomon.specs.base import explain, unread_fields
 from gnomon_workers.evaluate.job import run_evaluate
 from gnomon_workers.harvest.job import run_harvest
+from gnomon_workers.runtime.faults import own_fault, summary, trace
 from gnomon_workers.runtime.protocol import Assignment, Outcome, Poll
 from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from gnomon_workers.train.job import run_train
@@ -67,16 +67,21 @@ class Supervisor:
             self._outcome = Outcome(status="cancelled")
         except WorkerLost as error:
             self._outcome = Outcome(status="lost", code="worker_lost", message=str(error))
-        except GnomonError as error:
-            self._outcome = Outcome(
-                status="lost" if error.retryable else "failed", code=error.code, message=error.message
-            )
         except Exception as error:
             # The outermost loop of the attempt: whatever it is, the dispatcher must hear of it.
-            logger.exception("attempt failed", extra={"job_id": self._assignment.job_id})
-            trace = traceback.format_exc(limit=-3)
-            self._reporter.report(Logged(level="error", message=trace))
-            self._outcome = Outcome(status="lost", code="internal", message=f"{type(error).__name__}: {error}")
+            self._outcome = self._ended_by(error)
+
+    def _ended_by(self, error: Exception) -> Outcome:
+        """The outcome of an attempt that an error ended; traces of what nobody meant to raise are logged."""
+        fault = own_fault(error)
+        if fault is None:
+            logger.error("attempt lost", exc_info=error, extra={"job_id": self._assignment.job_id})
+            self._reporter.report(Logged(level="error", message=trace(error)))
+            return Outcome(status="lost", code="internal", message=summary(error))
+        if "trace" in fault.detail:
+            logger.error("attempt failed", exc_info=error, extra={"job_id": self._assignment.job_id})
+            self._reporter.report(Logged(level="error", message=str(fault.detail["trace"])))
+        return Outcome(status="lost" if fault.retryable else "failed", code=fault.code, message=fault.message)
 
     def _check_spec(self, kind: type[Spec]) -> None:
         """Raise InvalidRequest where the spec, of another release, cannot be read; say what of it has no effect."""

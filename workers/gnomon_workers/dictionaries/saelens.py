@@ -19,7 +19,7 @@ _SAELENS_FORMAT: Final = "6.54.0"
 """SAELens version whose layout is written; below 6.0.0 its loader throws the metadata away."""
 
 
-_LAYER: Final = re.compile(r"^(?:.*\.)?(?:layers|layer|h|blocks)\.(\d+)$")
+_LAYER: Final = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)$")
 
 
 def saelens_config(plan: TrainPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,10 @@ def _hook_metadata(plan: TrainPlan) -> dict[str, str]:
 
 
 def transformer_lens_name(hook_name: str) -> str:
-    """TransformerLens' name of a hook: "model.layers.6" is blocks.6.hook_resid_post; others keep their name."""
+    """TransformerLens' name of a hook: "model.layers.6" is blocks.6.hook_resid_post; others keep their name.
+
+    So do the layers of BERT and its kind ("encoder.layer.2"), which end with a norm: no residual stream leaves them.
+    """
     layer = _LAYER.match(hook_name)
     return f"blocks.{layer[1]}.hook_resid_post" if layer else hook_name
 

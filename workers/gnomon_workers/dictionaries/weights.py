@@ -51,7 +51,7 @@ def write_weights(path: Path, plan: TrainPlan, checkpoint: Checkpoint, checkpoin
     for shard in checkpoint.shards:
         with open_shard(checkpoints.child(checkpoint.name), shard) as source:
             _copy_shard(tensors, source, shard, plan, checkpoint.state)
-            n_dead += int((source.get_tensor("n_tokens_since_fired") >= plan.spec.dead_after_tokens).sum())
+            n_dead += int((source.get_tensor("n_tokens_since_fired") >= plan.spec.dead_window).sum())
     for tensor in tensors.values():
         if isinstance(tensor, np.memmap):
             tensor.flush()

@@ -34,8 +34,8 @@ class Measured:
     """What an evaluation found."""
 
     metrics: DictionaryMetrics
-    firing_frequency: np.ndarray[tuple[int], np.dtype[np.float64]]
-    """(d_sae,) on held-out activations."""
+    firing_frequency: np.ndarray[tuple[int], np.dtype[np.float64]] | None
+    """(d_sae,) on held-out activations; None where there are none."""
     tokens_per_s: float
 
 
@@ -80,14 +80,17 @@ def run_evaluation(
     began = time.monotonic()
     core, patch = _gather(task, reporter, began)
     reporter.progress(n_tokens)
+    metrics = DictionaryMetrics(skipped="the store has no held-out row: its text is shorter than two contexts")
+    if core is not None:
+        metrics = core.result(k=config.k, hooks=config.hooks)
     return Measured(
-        metrics=core.result(k=config.k, hooks=config.hooks).also(_ce_metrics(patch, evaluation, has_logits=has_logits)),
-        firing_frequency=core.firing_frequency.cpu().numpy(),
+        metrics=metrics.also(_ce_metrics(patch, evaluation, has_logits=has_logits)),
+        firing_frequency=None if core is None else core.firing_frequency.cpu().numpy(),
         tokens_per_s=n_tokens / (time.monotonic() - began),
     )
 
 
-def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums, PatchSums | None]:
+def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums | None, PatchSums | None]:
     with Gang.start(
         EvaluateWorker,
         task.n_workers,
@@ -103,9 +106,14 @@ def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreS
 
 
 def _ce_metrics(patch: PatchSums | None, evaluation: Evaluation, *, has_logits: bool) -> DictionaryMetrics:
-    if patch is not None:
+    if patch is not None and patch.n_predictions:
         return patch.result()
-    why = "not asked for" if not evaluation.ce else "no held-out text" if has_logits else "the model has no logits"
+    if not evaluation.ce:
+        why = "not asked for"
+    elif not has_logits:
+        why = "the model has no logits"
+    else:
+        why = "no held-out text" if patch is None else "no held-out context has a second token to predict"
     return DictionaryMetrics(ce_skipped=why)
 
 

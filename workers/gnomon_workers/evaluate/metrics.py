@@ -87,22 +87,22 @@ class CoreSums:
         """
         n = int(self.n_rows)
         variance = self.x_squared - self.x.square() / n
-        fvu = float(self.residual_squared.sum() / variance.sum())
+        fvu = ratio(self.residual_squared.sum(), variance.sum())
         l0 = int(self.n_active) / n
         n_never = int((self.n_fired == 0).sum())
         fvu_by_hook = None
         if hooks is not None:
             residuals, totals = (torch.split(v, list(hooks.values())) for v in (self.residual_squared, variance))
             parts = zip(hooks, residuals, totals, strict=True)
-            fvu_by_hook = {name: float(residual.sum() / whole.sum()) for name, residual, whole in parts}
+            fvu_by_hook = {name: ratio(residual.sum(), whole.sum()) for name, residual, whole in parts}
         return DictionaryMetrics(
             n_tokens=n,
             fvu=fvu,
-            explained_variance=1 - fvu,
+            explained_variance=None if fvu is None else 1 - fvu,
             mse=float(self.residual_squared.sum()) / (n * len(self.x)),
             cosine=float(self.cosine) / n,
             l2_ratio=float(self.l2_ratio) / n,
-            relative_reconstruction_bias=float(self.reconstruction_squared / self.x_dot_reconstruction),
+            relative_reconstruction_bias=ratio(self.reconstruction_squared, self.x_dot_reconstruction),
             l0=l0,
             l1=float(self.l1) / n,
             n_never_fired=n_never,
@@ -112,6 +112,11 @@ class CoreSums:
             l0_over_k=l0 / k if k is not None else None,
             fvu_by_hook=fvu_by_hook,
         )
+
+
+def ratio(part: Tensor, whole: Tensor) -> float | None:
+    """part / whole; None where whole is 0, as the variance of a single row is."""
+    return float(part / whole) if float(whole) else None
 
 
 def density_histogram(firing_frequency: Tensor) -> DensityHistogram:

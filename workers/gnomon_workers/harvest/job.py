@@ -22,7 +22,7 @@ from gnomon_storage.writing import load_commit, remove_leftovers, seal
 from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.text import read_documents, resolve_text, text_fingerprint
-from gnomon_workers.harvest.tokens import Tokenizer, load_tokenizer, make_contexts
+from gnomon_workers.harvest.tokens import Tokenizer, known_to_the_model, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
 from gnomon_workers.models.catalog import ModelDescription, describe_model
 from gnomon_workers.models.loading import model_folder
@@ -114,8 +114,9 @@ def prepare(assignment: Assignment, store: Location) -> HarvestRun:
 def make_plans(run: HarvestRun) -> Iterator[SegmentPlan]:
     """Every segment of the store, in an order that depends on the spec and the text alone."""
     documents = read_documents(resolve_text(run.spec.text, run.assignment.input_roots))
+    contexts = make_contexts(documents, run.tokenizer, run.spec)
     return plan_segments(
-        make_contexts(documents, run.tokenizer, run.spec),
+        known_to_the_model(contexts, run.model.n_embeddings),
         held_out_every=run.spec.held_out_every,
         contexts_per_segment=max(1, run.spec.segment_tokens // run.spec.context_length),
     )
@@ -265,7 +266,7 @@ def seal_store(run: HarvestRun, commits: list[SegmentCommit]) -> ActivationStore
         store_id=run.assignment.store_id,
         spec=spec,
         context_length=run.spec.context_length,
-        packing=spec["packing"],
+        packing=spec["packing"] | {"begins_with_bos": run.tokenizer.context_bos(run.spec.packing) is not None},
         drop=spec["drop"],
         model={
             "source": model.source,
@@ -273,7 +274,7 @@ def seal_store(run: HarvestRun, commits: list[SegmentCommit]) -> ActivationStore
             "revision": model.revision,
             "fingerprint": model.fingerprint,
             "model_type": model.model_type,
-            "kind_of_model": "causal" if model.is_causal else "encoder",
+            "kind_of_model": "causal" if model.has_head else "encoder",
             "n_layers": model.n_layers,
             "n_parameters": model.n_parameters,
         },

@@ -6,7 +6,6 @@ Light enough for the API process, which looks for a first document before it acc
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -80,17 +79,33 @@ def _expand(url: str, input_roots: Sequence[str]) -> list[Location]:
         if not location.is_file():
             raise InvalidRequest(f"text file {url!r} does not exist; check the path", code="missing_file")
         return [location]
-    head, *rest = re.split(r"/(?=[^/]*\*)", url, maxsplit=1)
-    if not rest:
+    head, slash, name = url[: url.index("*")].rpartition("/")
+    rest = [name + url[url.index("*") :]]
+    if not slash:
         raise InvalidRequest(f"pattern {url!r} has no folder; write the whole path", code="location_not_allowed")
     pattern, _, below = rest[0].partition("/")
-    matcher = re.compile(".*".join(re.escape(part) for part in pattern.split("*")))
     folder = resolve_input(head, input_roots)
-    names = [name for name in folder.list() if matcher.fullmatch(name) and not name.startswith(".")]
+    names = [name for name in folder.list() if matches(name, pattern) and not name.startswith(".")]
     found = [location for name in names for location in _expand_child(f"{head}/{name}", below, input_roots)]
     if not found:
         raise InvalidRequest(f"no text file matches {url!r}; check the pattern", code="missing_file")
     return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern, in which * stands for any characters: in linear time, unlike an expression."""
+    first, *rest = pattern.split("*")
+    if not rest:
+        return name == pattern
+    if not name.startswith(first) or len(name) < len(first) + len(rest[-1]) or not name.endswith(rest[-1]):
+        return False
+    position, end = len(first), len(name) - len(rest[-1])
+    for part in rest[:-1]:
+        found = name.find(part, position, end)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return True
 
 
 def _expand_child(url: str, below: str, input_roots: Sequence[str]) -> list[Location]:
@@ -135,7 +150,9 @@ def _read_jsonl(file: TextFile) -> Iterator[str]:
 def _read_json(file: TextFile) -> Iterator[str]:
     items = _parse(_decode(file.location.read_bytes(), file, None), file, None)
     if isinstance(items, dict):
-        items = list(items.values())
+        records = list(items.values())
+        # An object is one document, or a collection of documents by name: its values are then documents themselves.
+        items = records if records and all(isinstance(record, dict) for record in records) else [items]
     if not isinstance(items, list):
         raise _bad(file, None, f"is a JSON {type(items).__name__}, wanted a list or an object of documents")
     for number, item in enumerate(items):
@@ -187,7 +204,16 @@ def _text_of(item: Any, file: TextFile, where: str) -> str:
         return ""
     if not isinstance(item, str):
         raise _bad(file, where, f"holds a {type(item).__name__}, wanted text")
-    return item
+    return _without_surrogates(item)
+
+
+def _without_surrogates(text: str) -> str:
+    """The text, with U+FFFD for halves of characters: JSON can hold them, tokenizers and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _bad(file: TextFile, where: int | str | None, what: str) -> InvalidRequest:

@@ -10,7 +10,9 @@ from typing import Any, Final
 
 from gnomon.errors import InvalidRequest
 from gnomon.specs import ConcatPacking, DocumentPacking, HarvestSpec
+from gnomon.specs.harvest import Packing
 from gnomon_workers.harvest.packing import Tokens, concat_contexts, document_contexts, within_budget
+from gnomon_workers.models.tokenizers import begins_with_bos
 
 _PIECE_CHARACTERS: Final = 1 << 18
 _MAX_CHARACTERS_PER_TOKEN: Final = 32
@@ -28,6 +30,8 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     special_ids: tuple[int, ...]
+    begins_with_bos: bool
+    """Whether it begins texts with its BOS token by itself."""
 
     def provenance(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -37,7 +41,17 @@ class Tokenizer:
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_id,
             "special_token_ids": list(self.special_ids),
+            "begins_with_bos": self.begins_with_bos,
         }
+
+    def context_bos(self, packing: Packing) -> int | None:
+        """The BOS token with which contexts begin, where they do; raises InvalidRequest where there is none."""
+        match packing:
+            case ConcatPacking(bos=bos):
+                begins = self.begins_with_bos if bos == "auto" else bos
+            case DocumentPacking(special_tokens=special_tokens):
+                begins = special_tokens and self.begins_with_bos
+        return _needed(self, "bos") if begins else None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -49,6 +63,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidRequest(f"the model's tokenizer cannot be read ({reason})", code="unknown_model") from error
+    encoder.truncation_side = "right"  # a document that is cut keeps its beginning, whatever the tokenizer is set to
     added = {number for number, token in encoder.added_tokens_decoder.items() if token.special}
     return Tokenizer(
         encoder=encoder,
@@ -56,6 +71,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         bos_id=encoder.bos_token_id,
         eos_id=encoder.eos_token_id,
         special_ids=tuple(sorted(added | set(encoder.all_special_ids))),
+        begins_with_bos=begins_with_bos(encoder),
     )
 
 
@@ -65,17 +81,29 @@ def make_contexts(documents: Iterable[str], tokenizer: Tokenizer, spec: HarvestS
     Raises InvalidRequest, "no_special_token", where the packing needs a token that the tokenizer lacks.
     """
     match spec.packing:
-        case ConcatPacking(separator=separator, bos=bos):
+        case ConcatPacking(separator=separator):
             contexts = concat_contexts(
                 encode_joined(documents, tokenizer),
                 length=spec.context_length,
                 separator=None if separator == "none" else _needed(tokenizer, separator),
-                bos=_needed(tokenizer, "bos") if bos else None,
+                bos=tokenizer.context_bos(spec.packing),
             )
         case DocumentPacking(special_tokens=special_tokens):
             encoded = encode_single(documents, tokenizer, spec.context_length, special_tokens=special_tokens)
             contexts = document_contexts(encoded, length=spec.context_length)
     return within_budget(contexts, spec.token_budget)
+
+
+def known_to_the_model(contexts: Iterable[Tokens], n_embeddings: int | None) -> Iterator[Tokens]:
+    """The same contexts; raises InvalidRequest, "token_not_embedded", at one that the model has no embedding for."""
+    for context in contexts:
+        if n_embeddings is not None and int(context.max()) >= n_embeddings:
+            raise InvalidRequest(
+                f"the tokenizer gives token {int(context.max())}, and the model embeds {n_embeddings}: they do not "
+                "belong together; give the model with its own tokenizer",
+                code="token_not_embedded",
+            )
+        yield context
 
 
 def encode_joined(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ Imports neither torch nor Ray, so the API process can use it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -17,10 +17,10 @@ from gnomon.errors import InvalidRequest
 from gnomon.specs import ModelSource
 from gnomon_storage.digests import combine, file_digest
 from gnomon_storage.location import Location, resolve_input
+from gnomon_workers.models import gguf_llama
 from gnomon_workers.models.gguf_header import GgufHeader
-from gnomon_workers.models.gguf_names import gguf_tensor_name
 from gnomon_workers.models.hub import HUB_ID, find_hub_model
-from gnomon_workers.models.modules import find_modules, is_causal
+from gnomon_workers.models.modules import find_skeleton, is_causal
 from gnomon_workers.models.weight_files import (
     bad_model,
     read_config,
@@ -34,7 +34,8 @@ TOKENIZER_FILES: Final = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-GGUF_ARCHITECTURES: Final = ("llama",)
+_MOST_COMPARED: Final = 1000
+"""Of names with one that is misspelt: comparing takes a fraction of a millisecond each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +52,20 @@ class ModelDescription:
     """Folder or file, for local models."""
     is_causal: bool
     """Loaded as a causal language model, and not as an encoder."""
+    has_head: bool
+    """Whether it predicts tokens: a causal model with the head that makes logits."""
     model_type: str
     n_layers: int
     n_parameters: int
     hidden_size: int
-    vocab_size: int | None
     context_length: int | None
     """Longest context, where the model says so."""
-    hooks: Mapping[str, int | None]
-    """Module path -> width of its output; None where only running the model tells."""
+    n_embeddings: int | None
+    """Token ids are below it."""
+    hooks: Mapping[str, int]
+    """Module path -> width of its output."""
+    not_hooks: Mapping[str, str]
+    """Module path -> why it cannot be hooked."""
 
 
 def describe_model(source: ModelSource, input_roots: Sequence[str]) -> ModelDescription:
@@ -89,14 +95,23 @@ def check_hook(name: str, description: ModelDescription) -> None:
     """Raise InvalidRequest, "unknown_hook", unless the model has the module; the message names near ones."""
     if name in description.hooks:
         return
-    near = difflib.get_close_matches(name, description.hooks, n=5, cutoff=0.4)
+    why = description.not_hooks.get(name)
+    near = _near(name, description.hooks)
     layers = [hook for hook in description.hooks if hook.rsplit(".", 1)[-1].isdigit()]
     others = f"; layers are {layers[0]!r} to {layers[-1]!r}" if layers else ""
+    problem = f"module {name!r} of model {description.source!r} {why}" if why else (
+        f"model {description.source!r} has no module {name!r}"
+    )  # fmt: skip
     raise InvalidRequest(
-        f"model {description.source!r} has no hook {name!r}; near it: {', '.join(map(repr, near)) or 'none'}{others}",
-        code="unknown_hook",
-        nearest=near,
+        f"{problem}; hooks near it: {', '.join(map(repr, near)) or 'none'}{others}", code="unknown_hook", nearest=near
     )
+
+
+def _near(name: str, hooks: Iterable[str]) -> list[str]:
+    """The most similar of the hooks that share the last part of the name or end with a layer's number."""
+    last = name.rsplit(".", 1)[-1]
+    alike = [hook for hook in hooks if hook.rsplit(".", 1)[-1] == last] or list(hooks)
+    return difflib.get_close_matches(name, alike[:_MOST_COMPARED], n=5, cutoff=0.4)
 
 
 def check_context_length(length: int, description: ModelDescription) -> None:
@@ -130,9 +145,7 @@ def _describe(
     revision: str | None = None,
     path: str | None = None,
 ) -> ModelDescription:
-    modules = find_modules(config, shapes)
-    if modules is None:
-        raise bad_model(f"the tensors of {source!r} show no list of layers; only transformers can be harvested")
+    skeleton = find_skeleton(source, config, shapes)
     return ModelDescription(
         source=source,
         kind=kind,
@@ -140,42 +153,32 @@ def _describe(
         revision=revision,
         path=path,
         is_causal=is_causal(config),
+        has_head=skeleton.has_head,
         model_type=str(config.get("model_type", "")),
-        n_layers=modules.n_layers,
+        n_layers=skeleton.n_layers,
         n_parameters=sum(prod(shape) for shape in shapes.values()),
-        hidden_size=modules.hidden_size,
-        vocab_size=_integer(config, "vocab_size"),
-        context_length=_integer(config, "max_position_embeddings") or _integer(config, "n_positions"),
-        hooks=modules.hooks,
+        hidden_size=skeleton.hidden_size,
+        n_embeddings=skeleton.n_embeddings,
+        context_length=skeleton.context_length,
+        hooks=skeleton.hooks,
+        not_hooks=skeleton.not_hooks,
     )
 
 
 def _describe_gguf(source: str, location: Location, path: Path) -> ModelDescription:
     header = _gguf_header(str(path), location.size(), path.stat().st_mtime_ns)
     architecture = header.fields["general.architecture"]
-    if architecture not in GGUF_ARCHITECTURES:
+    if architecture != gguf_llama.ARCHITECTURE:
         raise InvalidRequest(
             f"{source!r} holds a model of architecture {architecture!r}; GGUF files of architecture "
-            f"{' or '.join(GGUF_ARCHITECTURES)} can be read; for others give the Hugging Face folder",
+            f"{gguf_llama.ARCHITECTURE!r} can be read; for others give the Hugging Face folder",
             code="unsupported_model",
         )
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": architecture,
-        "hidden_size": header.fields.get(f"{architecture}.embedding_length"),
-        "vocab_size": header.shapes.get("token_embd.weight", (None,))[0],
-        "max_position_embeddings": header.fields.get(f"{architecture}.context_length"),
-    }
-    shapes = {gguf_tensor_name(name): shape for name, shape in header.shapes.items()}
+    config = gguf_llama.read_config(header)
+    shapes = gguf_llama.read_shapes(header)
     return _describe(source, "gguf", config, shapes, file_digest(location), path=str(path))
 
 
 @lru_cache(maxsize=32)
 def _gguf_header(path: str, size: int, mtime_ns: int) -> GgufHeader:  # noqa: ARG001 - part of the cache's key
     return read_gguf(Path(path))
-
-
-def _integer(config: Mapping[str, Any], key: str) -> int | None:
-    text = config.get("text_config")
-    value = config.get(key, text.get(key) if isinstance(text, dict) else None)
-    return value if isinstance(value, int) else None

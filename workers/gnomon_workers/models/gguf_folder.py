@@ -6,7 +6,7 @@ the folder loads in a second ever after. Weights are written in float32, so that
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,26 +15,25 @@ from typing import Any, Final
 
 import gguf
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from gnomon.errors import InvalidRequest
 from gnomon_storage.digests import path_digest
-from gnomon_workers.models.gguf_names import gguf_tensor_name
+from gnomon_workers.models import gguf_llama
+from gnomon_workers.models.cache import cache_dir
+from gnomon_workers.models.gguf_header import parse_gguf
+from gnomon_workers.models.tokenizers import begins_with_bos
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_CONVERTER_VERSION: Final = 1
-
-
-def cache_dir() -> Path:
-    """Where converted and downloaded models are kept: $GNOMON_CACHE/models, by default ~/.cache/gnomon/models."""
-    base = os.environ.get("GNOMON_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "gnomon") / "models"
+_CONVERTER_VERSION: Final = 2
 
 
 def gguf_folder(path: Path) -> Path:
     """The folder of a GGUF file, converted on first use; several processes may ask at once.
 
-    Raises InvalidRequest, code "unsupported_model", for an architecture other than Llama's.
+    Raises InvalidRequest, "unsupported_model", for an architecture other than Llama's, and where anything in the file
+    is not understood.
     """
     target = cache_dir() / f"gguf-{path_digest(path)[:32]}-{_CONVERTER_VERSION}"
     if target.exists():
@@ -54,34 +53,54 @@ def gguf_folder(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    from transformers import LlamaConfig
-
-    reader = gguf.GGUFReader(path)
-    meta = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
+    header = parse_gguf(path)
+    architecture = header.fields.get("general.architecture")
+    if architecture != gguf_llama.ARCHITECTURE:
         raise InvalidRequest(
             f"{path.name} holds a model of architecture {architecture!r}; GGUF files of architecture 'llama' can be "
             "read. Convert it to a Hugging Face folder and give that",
             code="unsupported_model",
         )
-    tensors = {gguf_tensor_name(tensor.name): _weights(tensor, meta) for tensor in reader.tensors}
-    config = LlamaConfig(**_config(meta), tie_word_embeddings="lm_head.weight" not in tensors)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = gguf_llama.read_config(header)
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: _weights(tensor, config) for tensor in reader.tensors}
+    factors = tensors.pop(gguf_llama.ROPE_FACTORS, None)
+    if factors is not None:
+        config["rope_parameters"] |= _rope_of_factors(factors, config)
+    named = {str(gguf_llama.tensor_name(name)): tensor for name, tensor in tensors.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    meta = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
     _save_tokenizer(path, meta, folder)
 
 
-def _weights(tensor: Any, meta: Mapping[str, Any]) -> Array:
+def _weights(tensor: Any, config: Mapping[str, Any]) -> Array:
     values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
     values = values.reshape([int(n) for n in reversed(tensor.shape)])
     kind = tensor.name.split(".")[-2]
     if kind in ("attn_q", "attn_k"):
-        n_heads = meta["llama.attention.head_count"]
-        heads = n_heads if kind == "attn_q" else meta.get("llama.attention.head_count_kv", n_heads)
+        heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
         values = split_to_rotate_halves(values, heads)
     return np.ascontiguousarray(values)
+
+
+def _rope_of_factors(factors: Array, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of the rotary frequencies that gives these divisors; raises InvalidRequest where none is known."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta = config["rope_parameters"]["rope_theta"]
+    plain = theta ** -(np.arange(0, config["head_dim"], 2, dtype=np.float64) / config["head_dim"])
+    for scaling in gguf_llama.LLAMA3_ROPES:
+        scaled = LlamaConfig(**{**config, "rope_parameters": {**scaling, "rope_theta": theta}})
+        frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
+        if factors.shape == plain.shape and np.allclose(plain / frequencies.numpy(), factors, rtol=1e-4):
+            return scaling
+    raise InvalidRequest(
+        f"{gguf_llama.ROPE_FACTORS} holds divisors of rotary frequencies that are not those of Llama 3.1 to 3.3, which "
+        "alone are understood; give the model's Hugging Face folder instead",
+        code="unsupported_model",
+    )
 
 
 def split_to_rotate_halves(weights: Array, n_heads: int) -> Array:
@@ -94,23 +113,6 @@ def split_to_rotate_halves(weights: Array, n_heads: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(weights.shape)
 
 
-def _config(meta: Mapping[str, Any]) -> dict[str, Any]:
-    n_heads = meta["llama.attention.head_count"]
-    return {
-        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
-        "hidden_size": meta["llama.embedding_length"],
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_hidden_layers": meta["llama.block_count"],
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv", n_heads),
-        "max_position_embeddings": meta["llama.context_length"],
-        "rms_norm_eps": meta["llama.attention.layer_norm_rms_epsilon"],
-        "rope_theta": meta.get("llama.rope.freq_base", 10_000.0),
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-    }
-
-
 def _save_tokenizer(path: Path, meta: Mapping[str, Any], folder: Path) -> None:
     """tokenizer.json and its config; every control token is marked special, so that a harvest can drop it."""
     from transformers import AutoTokenizer
@@ -119,4 +121,17 @@ def _save_tokenizer(path: Path, meta: Mapping[str, Any], folder: Path) -> None:
     tokens, kinds = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.token_type", [])
     special = [token for token, kind in zip(tokens, kinds, strict=False) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
+    _begin_with_bos(tokenizer, meta.get("tokenizer.ggml.add_bos_token"))
     tokenizer.save_pretrained(folder)
+
+
+def _begin_with_bos(tokenizer: Any, is_wanted: bool | None) -> None:
+    """Have a tokenizer begin texts with its BOS, or not, as the file says; None leaves it as it is."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token
+    if is_wanted is None or bos is None or begins_with_bos(tokenizer) == is_wanted:
+        return
+    template = f"{bos} $A" if is_wanted else "$A"
+    special = [(bos, tokenizer.bos_token_id)] if is_wanted else []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)

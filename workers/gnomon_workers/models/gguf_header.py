@@ -15,6 +15,10 @@ from typing import Any, Final
 
 MAX_HEADER_BYTES: Final = 256 << 20
 """Vocabularies of large models take tens of megabytes."""
+MAX_FIELDS: Final = 1 << 14
+MAX_TENSORS: Final = 1 << 18
+MAX_ITEMS: Final = 1 << 22
+"""Of all arrays together: a vocabulary has up to a few hundred thousand tokens, and as many merges."""
 _SCALARS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING: Final = 8
 _ARRAY: Final = 9
@@ -26,7 +30,9 @@ class GgufHeader:
     """What the harvester needs of a GGUF file's header."""
 
     fields: Mapping[str, Any]
-    """Settings with a single value; arrays are left out."""
+    """Settings with a single value."""
+    arrays: frozenset[str]
+    """Names of the settings that are arrays, whose values are left out."""
     shapes: Mapping[str, tuple[int, ...]]
     """Tensor name -> shape, in PyTorch's order."""
 
@@ -41,19 +47,24 @@ def parse_gguf(path: Path) -> GgufHeader:
         if version not in (2, 3):
             raise ValueError(f"GGUF version {version} is not known")
         n_tensors, n_fields = cursor.scalar("<Q"), cursor.scalar("<Q")
+        if n_fields > MAX_FIELDS or n_tensors > MAX_TENSORS:
+            raise ValueError(f"it says that it holds {n_fields} settings and {n_tensors} tensors, which is too many")
         fields: dict[str, Any] = {}
+        arrays: set[str] = set()
         for _ in range(n_fields):
             key, kind = cursor.string(), cursor.scalar("<I")
             if kind == _ARRAY:
                 cursor.skip_array()
+                arrays.add(key)
             else:
                 fields[key] = cursor.value(kind)
-        return GgufHeader(fields=fields, shapes=dict(_tensor(cursor) for _ in range(n_tensors)))
+        shapes = dict(_tensor(cursor) for _ in range(n_tensors))
+        return GgufHeader(fields=fields, arrays=frozenset(arrays), shapes=shapes)
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...]]:
     name, n_dims = cursor.string(), cursor.scalar("<I")
-    if n_dims > _MAX_DIMS:
+    if not 1 <= n_dims <= _MAX_DIMS:
         raise ValueError(f"tensor {name!r} has {n_dims} dimensions")
     shape = tuple(cursor.scalar("<Q") for _ in range(n_dims))
     cursor.skip(12)  # type and offset
@@ -67,6 +78,7 @@ class _Cursor:
         self._data = data
         self._end = end
         self._position = 0
+        self._n_items = 0
 
     def skip(self, n_bytes: int) -> int:
         """Move on; returns the position before."""
@@ -93,6 +105,9 @@ class _Cursor:
 
     def skip_array(self) -> None:
         kind, n_items = self.scalar("<I"), self.scalar("<Q")
+        self._n_items += n_items
+        if self._n_items > MAX_ITEMS:
+            raise ValueError(f"its arrays hold more than {MAX_ITEMS} items")
         if kind == _ARRAY:
             raise ValueError("it holds an array of arrays")
         if kind != _STRING:

@@ -19,7 +19,8 @@ from gnomon.specs import ModelSource
 from gnomon_storage.location import resolve_input
 from gnomon_workers.models.gguf_folder import gguf_folder
 from gnomon_workers.models.hub import HUB_ID, MODEL_FILES, unanswered
-from gnomon_workers.models.modules import is_causal
+from gnomon_workers.models.modules import is_causal, refuse_faults
+from gnomon_workers.models.skeleton import faults_of, lacks_head, without_cache
 from gnomon_workers.models.weight_files import read_config
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,23 +32,32 @@ class LoadedModel:
 
     module: nn.Module
     is_causal: bool
-    """Whether it predicts tokens; an encoder does not."""
+    """Whether it predicts tokens; an encoder, or a checkpoint without the head that makes logits, does not."""
     device: torch.device
 
 
 def load_model(source: ModelSource, input_roots: Sequence[str], *, device: torch.device) -> LoadedModel:
-    """Load a model: AutoModelForCausalLM where its config names a causal class, else AutoModel."""
+    """Load a model: AutoModelForCausalLM where its config names a causal class, else AutoModel.
+
+    Raises InvalidRequest, "incomplete_model", where a tensor is missing, has another shape or no place in the model.
+    """
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # there is no terminal on a worker
     folder = model_folder(source, input_roots)
     causal = is_causal(read_config(folder))
-    auto = AutoModelForCausalLM if causal else AutoModel
-    module = auto.from_pretrained(
-        folder, dtype=_DTYPES[source.dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True
+    auto: Any = AutoModelForCausalLM if causal else AutoModel
+    module, info = auto.from_pretrained(
+        folder, dtype=_DTYPES[source.dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    refuse_faults(source.source, tuple(faults_of(module, info)))
+    return LoadedModel(
+        module=module.eval().requires_grad_(False).to(device),
+        is_causal=causal and not lacks_head(module, info),
+        device=device,
     )
-    return LoadedModel(module=module.eval().requires_grad_(False).to(device), is_causal=causal, device=device)
 
 
 def model_folder(source: ModelSource, input_roots: Sequence[str]) -> Path:
@@ -88,7 +98,7 @@ def read_activations(
     """
     seen: dict[str, Tensor] = {}
     with _recording(model, hooks, seen), suppress(_Stop):
-        model(input_ids=input_ids, attention_mask=attention_mask, **_without_cache(model))
+        model(input_ids=input_ids, attention_mask=attention_mask, **without_cache(model))
     return {hook: seen[hook] for hook in hooks}
 
 
@@ -97,7 +107,8 @@ def _recording(model: nn.Module, hooks: Sequence[str], seen: dict[str, Tensor]) 
     def recorder(name: str) -> Any:
         def record(_module: nn.Module, _args: Any, output: Any) -> None:
             # decoder layers return a tensor in transformers 5, a tuple in older releases and some models
-            seen[name] = output if isinstance(output, Tensor) else output[0]
+            # and what comes next may change it in place
+            seen[name] = (output if isinstance(output, Tensor) else output[0]).clone()
             if len(seen) == len(hooks):
                 raise _Stop
 
@@ -109,9 +120,3 @@ def _recording(model: nn.Module, hooks: Sequence[str], seen: dict[str, Tensor]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """Keyword arguments that keep a decoder from filling a key-value cache nobody reads."""
-    config = getattr(model, "config", None)
-    return {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}

@@ -1,31 +1,65 @@
-"""Which modules a model has and how wide their outputs are, told from its tensors' names and shapes alone."""
+"""Which modules a model has, how wide their outputs are and which tensors it needs: told by its own class.
+
+The class is built without weights in a process of its own (see `skeleton`): building takes a second and 500 MB, and a
+config decides what is built. What was found is kept in the cache, by the config and the tensors' names and shapes.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Self
+
+from gnomon.errors import InvalidRequest, Unavailable
+from gnomon_storage.digests import combine
+from gnomon_workers.models.cache import cache_dir
 
 Shapes = Mapping[str, tuple[int, ...]]
-_LAYER: Final = re.compile(r"^(?P<list>(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\.(?P<index>\d+)\.(?P<rest>.+)$")
-_LAYER_LISTS: Final = ("layers", "layer", "h", "blocks", "block")
-_HIDDEN_WIDE: Final = frozenset(
-    {"mlp", "self_attn", "attn", "attention", "self_attention", "self", "output", "feed_forward", "ffn"}
-)
-_TRANSPOSED: Final = frozenset({"gpt2", "gpt_bigcode", "imagegpt"})
-"""Model types whose linear layers store (in, out)."""
-_WIDTH_KEYS: Final = ("hidden_size", "n_embd", "d_model", "dim")
+LONGEST_S: Final = 300.0
+"""Of waiting for a model to be built, on a machine that is busy; it has two minutes of a core (see `skeleton`)."""
+_VERSION: Final = 1
+"""Grows when the same model would be described otherwise."""
+_building = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Modules:
-    """The layers of a model and every module in them that can be hooked."""
+class Skeleton:
+    """A model's class, as a trial run without weights shows it."""
 
+    class_name: str
     n_layers: int
     hidden_size: int
-    hooks: dict[str, int | None]
-    """Module path -> width of its output; None where only running the model tells."""
+    n_embeddings: int | None
+    """Rows of the table of input embeddings: token ids are below it."""
+    context_length: int | None
+    """Longest context, where the model says so."""
+    has_head: bool
+    """Whether it predicts tokens: a causal model whose checkpoint holds what makes logits."""
+    hooks: Mapping[str, int]
+    """Module path -> width of its output, in the order in which they are defined."""
+    not_hooks: Mapping[str, str]
+    """Module path -> why it cannot be hooked."""
+    faults: tuple[str, ...]
+    """What is wrong with the checkpoint, by tensor."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it travels and is cached."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls(**{**values, "faults": tuple(values["faults"])})
 
 
 def is_causal(config: Mapping[str, Any]) -> bool:
@@ -33,81 +67,78 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     return bool(re.search(r"(ForCausalLM|LMHeadModel)$", _architecture(config)))
 
 
-def find_modules(config: Mapping[str, Any], shapes: Shapes) -> Modules | None:
-    """The modules of the class that the harvester loads; None where the tensors show no list of layers."""
-    names = {_module_name(config, name): shape for name, shape in shapes.items()}
-    found = [match for name in names if (match := _LAYER.match(name))]
-    lists = {match["list"] for match in found if match["list"].rsplit(".", 1)[-1] in _LAYER_LISTS}
-    if not lists:
-        return None
-    # A decoder beside an encoder, or experts inside layers, make several lists: the outermost, first named, counts.
-    layers = min(lists, key=lambda path: (path.count("."), list(names).index(_first_in(path, names))))
-    hidden_size = _hidden_size(config)
-    if hidden_size is None:
-        return None
-    indices = {int(match["index"]) for match in found if match["list"] == layers}
-    own = {name: shape for name, shape in names.items() if name.startswith(layers + ".")}
-    return Modules(n_layers=len(indices), hidden_size=hidden_size, hooks=_hooks(layers, own, hidden_size, config))
+def find_skeleton(source: str, config: Mapping[str, Any], shapes: Shapes) -> Skeleton:
+    """The skeleton of a checkpoint with this config and tensors of these shapes.
+
+    Raises InvalidRequest: "unsupported_model" where no model that can be harvested is built of it, "incomplete_model"
+    where tensors are missing, have other shapes or have no place in the model.
+    """
+    if config.get("quantization_config"):
+        raise InvalidRequest(
+            f"{source!r} holds quantised weights, which are not read; give the model as it was before quantisation",
+            code="unsupported_model",
+        )
+    found = _found(config, shapes)
+    if "refused" in found:
+        raise InvalidRequest(
+            f"{source!r} cannot be harvested: {found['refused']}. Models are built by Transformers "
+            f"{version('transformers')}, as a causal language model or as an encoder, and without code of their own",
+            code="unsupported_model",
+        )
+    skeleton = Skeleton.from_json(found["skeleton"])
+    refuse_faults(source, skeleton.faults)
+    return skeleton
 
 
-def _hooks(layers: str, tensors: Shapes, hidden_size: int, config: Mapping[str, Any]) -> dict[str, int | None]:
-    """Every module at or below a layer, in order of layer and then of name."""
-    depth = layers.count(".") + 2
-    paths: dict[str, None] = {}
-    for name in tensors:
-        parts = name.split(".")
-        paths.update({".".join(parts[:n]): None for n in range(depth, len(parts))})
-    # A list of modules (its children are numbers) is never called, so it has no output.
-    lists = {path.rsplit(".", 1)[0] for path in paths if path.rsplit(".", 1)[1].isdigit()}
-    transposed = config.get("model_type") in _TRANSPOSED
-    widths = {
-        path: hidden_size if path.count(".") == depth - 1 else _width(path, tensors, hidden_size, transposed)
-        for path in paths
-        if path not in lists
-    }
-    return dict(sorted(widths.items(), key=lambda item: _natural(item[0])))
+def refuse_faults(source: str, faults: Sequence[str]) -> None:
+    """Raise InvalidRequest, "incomplete_model", where something is wrong with a checkpoint's tensors."""
+    if faults:
+        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise InvalidRequest(
+            f"the weights of {source!r} do not fit its config.json: {'; '.join(faults[:5])}{more}; what is missing "
+            "would be random numbers, so nothing is read. Save the whole model again",
+            code="incomplete_model",
+            faults=list(faults[:100]),
+        )
 
 
-def _width(path: str, tensors: Shapes, hidden_size: int, transposed: bool) -> int | None:
-    shape = tensors.get(f"{path}.weight")
-    if shape is not None and len(shape) == 2:
-        return shape[1 if transposed else 0]
-    if shape is not None:
-        # A norm over single heads (q_norm) has an output of another shape.
-        return hidden_size if shape == (hidden_size,) else None
-    return hidden_size if path.rsplit(".", 1)[-1] in _HIDDEN_WIDE else None
+def _found(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """What building the class gave, kept in the cache."""
+    question = {"config": config, "shapes": shapes}
+    versions = [version("transformers"), version("torch"), _VERSION]
+    kept = cache_dir().parent / "skeletons" / f"{combine({'versions': versions, 'question': question})[:40]}.json"
+    with suppress(OSError, ValueError):
+        known = json.loads(kept.read_bytes())
+        if isinstance(known, dict) and known.keys() & {"skeleton", "refused"}:
+            return known
+    with _building:  # one at a time: each takes half a gigabyte
+        found = _build(question)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(found, file)
+        Path(file.name).rename(kept)
+    return found
 
 
-def _module_name(config: Mapping[str, Any], tensor: str) -> str:
-    """A tensor's name as the loaded class has it: with or without the base model's prefix."""
-    first, _, rest = tensor.partition(".")
-    if is_causal(config):
-        # GPT-2 and BLOOM are published as bare base models.
-        return f"transformer.{tensor}" if first == "h" else tensor
-    prefixes = {config.get("model_type"), "model", "bert", "roberta"}
-    if (first in prefixes and _LAYER.match(rest)) or tensor.startswith("transformer.h."):
-        return rest
-    return tensor
-
-
-def _first_in(path: str, names: Shapes) -> str:
-    return next(name for name in names if name.startswith(path + "."))
-
-
-def _hidden_size(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config")
-    for settings in (config, text if isinstance(text, dict) else {}):
-        for key in _WIDTH_KEYS:
-            if isinstance(settings.get(key), int):
-                return int(settings[key])
-    return None
+def _build(question: Mapping[str, Any]) -> dict[str, Any]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gnomon_workers.models.skeleton"]
+    try:
+        run = subprocess.run(  # noqa: S603 - this interpreter, and a module of this package
+            command, input=json.dumps(question).encode(), capture_output=True, env=environment, timeout=LONGEST_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(
+            f"a model's class was not built within {LONGEST_S:.0f} s; the machine is busy, try again later"
+        ) from error
+    if run.returncode:
+        reason = run.stderr.decode(errors="replace").strip().rsplit("\n", 1)[-1] or f"exit status {run.returncode}"
+        return {"refused": f"building its class failed or took too much time or memory ({reason})"}
+    answer: dict[str, Any] = json.loads(run.stdout)
+    return answer
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
-
-
-def _natural(path: str) -> tuple[tuple[int, str], ...]:
-    """A key that sorts layers.2 before layers.10."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in path.split("."))

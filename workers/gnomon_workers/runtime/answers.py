@@ -1,7 +1,7 @@
 """What a member of a gang answers: its work done, or refused for a reason that is the job's own.
 
 A refusal is returned rather than raised. What an actor raises comes out of Ray as a failed task, which says of a worker
-that it was lost: the attempt would be run again, and fail again, where the job itself is at fault.
+that it was lost: the attempt would be run again, and fail again, where the job itself is at fault (see `faults`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from gnomon.errors import GnomonError, from_problem
+from gnomon_workers.runtime.faults import own_fault
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -47,14 +48,17 @@ class Refused:
 
 
 def answers(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], Done[T] | Refused]:
-    """Make a method of a gang's member answer Done with what it returns, or Refused where it raises a GnomonError."""
+    """Make a method of a gang's member answer Done with what it returns, or Refused where an error is the job's own."""
 
     @wraps(method)
     def answering(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Done[T] | Refused:
         try:
             return Done(method(self, *args, **kwargs))
-        except GnomonError as error:
-            return Refused.of(error)
+        except Exception as error:
+            fault = own_fault(error)
+            if fault is None:
+                raise
+            return Refused.of(fault)
 
     return answering
 

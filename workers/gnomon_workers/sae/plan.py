@@ -92,7 +92,7 @@ class TrainPlan:
             batch_size=self.spec.batch_size,
             n_steps=self.spec.n_steps,
             k_aux=self.k_aux,
-            dead_after_tokens=self.spec.dead_after_tokens,
+            dead_after_tokens=self.spec.dead_window,
         )
 
     @property

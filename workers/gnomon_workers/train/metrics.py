@@ -19,18 +19,20 @@ def step_metrics(step: TrainStep, result: StepResult, number: int) -> StepMetric
     """
     plan, mesh = step.plan, step.mesh
     variance = _variance(result.targets, mesh)
-    n_dead = (step.n_tokens_since_fired >= plan.spec.dead_after_tokens).sum()
+    n_dead = (step.n_tokens_since_fired >= plan.spec.dead_window).sum()
     n_active = mesh.all_reduce(torch.tensor([result.n_active], device=n_dead.device), "world")
+    n_tokens = number * plan.spec.batch_size
+    dead_fraction = int(mesh.all_reduce(n_dead, "features")) / plan.d_sae
     fvu = result.loss * plan.spec.batch_size / variance if variance > 0 else 0.0
     return StepMetrics(
         step=number,
-        tokens=number * plan.spec.batch_size,
+        tokens=n_tokens,
         loss=result.loss,
         objective=result.objective,
         fvu=fvu,
         explained_variance=1 - fvu,
         l0=int(n_active) / plan.spec.batch_size,
-        dead_fraction=int(mesh.all_reduce(n_dead, "features")) / plan.d_sae,
+        dead_fraction=dead_fraction if n_tokens >= plan.spec.dead_window else None,
         lr=result.lr,
         grad_norm=result.grad_norm,
         **result.parts,

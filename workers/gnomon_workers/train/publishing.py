@@ -60,7 +60,9 @@ def export(
     with tempfile.TemporaryDirectory(prefix="gnomon-export-") as temp:
         local = Path(temp)
         facts = write_weights(local / WEIGHTS, plan, checkpoint, training.checkpoints)
-        metrics = DictionaryMetrics(dead_fraction=facts.n_dead / plan.d_sae)
+        n_tokens = checkpoint.step * plan.spec.batch_size
+        is_known = n_tokens >= plan.spec.dead_window
+        metrics = DictionaryMetrics(dead_fraction=facts.n_dead / plan.d_sae if is_known else None)
         _write_config(local, origin, metrics)
         folder.upload(local)
         rates: dict[str, float | None] = {"train": tokens_per_s}
@@ -68,7 +70,8 @@ def export(
         if evaluation is not None:
             measured = run_evaluation(run.assignment, reporter, folder, evaluation, variant=training.variant)
             rates["evaluate"] = measured.tokens_per_s
-            write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
+            if measured.firing_frequency is not None:
+                write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
             metrics = metrics.also(measured.metrics)
         dictionary = load_folder(local)
         metrics = metrics.also(DictionaryMetrics(alignment=alignment_of(dictionary), tokens_per_s=rates))
@@ -104,10 +107,10 @@ def _write_config(local: Path, origin: _Origin, metrics: DictionaryMetrics) -> N
         "model_revision": harvest["model"].get("revision"),
         "dataset_path": harvest["text"][0]["url"],
         "context_size": harvest["context_length"],
-        "prepend_bos": bool(harvest["packing"].get("bos", harvest["packing"].get("special_tokens", False))),
+        "prepend_bos": origin.store.packing.get("begins_with_bos"),
         "exclude_special_tokens": harvest["drop"]["special_tokens"],
         "l0": metrics.l0,
-        "num_dead_features": round((metrics.dead_fraction or 0) * plan.d_sae),
+        "num_dead_features": None if metrics.dead_fraction is None else round(metrics.dead_fraction * plan.d_sae),
         "gnomon": {
             "version": version("gnomon"),
             "job_id": origin.run.assignment.job_id,
@@ -147,6 +150,7 @@ def _write_provenance(local: Path, origin: _Origin, checkpoint: Checkpoint, metr
             "d_in": plan.d_in,
             "d_sae": plan.d_sae,
             "lr": plan.lr,
+            "dead_after_tokens": plan.spec.dead_window,
             "n_steps": plan.spec.n_steps,
             "warmup_steps": plan.spec.warmup_steps,
             "mesh": {"dp": plan.mesh.dp, "features": plan.mesh.features},

@@ -1,0 +1,71 @@
+"""Whose fault an error is."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+import ray.exceptions
+import torch
+
+from gnomon.errors import InvalidRequest, StoreUnavailable
+from gnomon_workers.runtime.faults import own_fault
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "no space"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        TimeoutError("late"),
+        socket.gaierror(-2, "no name"),
+        MemoryError(),
+        EOFError(),
+        ray.exceptions.RayActorError(),
+        ray.exceptions.ObjectLostError("0" * 56, None, ""),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_may_pass_is_not_the_jobs_own(error: Exception) -> None:
+    assert own_fault(error) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("x"), "internal"),
+        (KeyError("x"), "internal"),
+        (RuntimeError("shapes"), "internal"),
+        (OSError("config.json is not readable"), "internal"),
+        (ImportError("no package"), "internal"),
+        (torch.OutOfMemoryError("device is full"), "out_of_memory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_would_come_again_is_the_jobs_own(error: Exception, code: str) -> None:
+    try:
+        raise error
+    except Exception as caught:
+        fault = own_fault(caught)
+    assert fault is not None
+    assert (fault.code, fault.retryable) == (code, False)
+    assert f"{type(error).__name__}: " in fault.message
+    assert "test_faults.py" in fault.message
+    assert str(fault.detail["trace"]).startswith("Traceback")
+
+
+def test_errors_with_a_code_stay_what_they_are() -> None:
+    refused, away = InvalidRequest("no", code="bad_text"), StoreUnavailable("away")
+    assert own_fault(refused) is refused
+    assert own_fault(away) is away
+
+
+def test_a_collective_that_fails_may_have_lost_a_peer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("peers") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    try:
+        assert own_fault(RuntimeError("Connection closed by peer")) is None
+        assert own_fault(ValueError("x")) is not None
+    finally:
+        torch.distributed.destroy_process_group()
