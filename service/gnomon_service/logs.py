@@ -38,7 +38,10 @@ def _cut(value: Any) -> Any:
     if isinstance(value, bool | int | float | None):
         return value
     text = str(value)
-    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}... ({len(text)} characters)"
+    if len(text) <= _MAX_CHARS:
+        return text
+    # the end of a trace says why, its beginning says where from
+    return f"{text[: _MAX_CHARS // 4]}... ({len(text)} characters) ...{text[-3 * _MAX_CHARS // 4 :]}"
 
 
 def setup_logging(process: str, level: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from gnomon_service.db.engine import Database
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
+from gnomon_service.rest.routes import health
 from gnomon_storage.location import Location
 from tests.support.service_api import Service, expect_problem, running_service
 from tests.support.service_jobs import DICTIONARY_RECORD, stored, train_spec
@@ -392,3 +396,48 @@ def test_a_store_that_is_gone_makes_the_service_not_ready(service: Service) -> N
     (service.settings.home / "store").rmdir()
     answer = service.client("").get("/readyz")
     assert (answer.status_code, answer.json()["store"]) == (503, "unavailable")
+
+
+def test_a_store_that_hangs_stops_nobody(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ask whether the service is ready, one thread waits, and all else is answered."""
+    opened = threading.Event()
+    n_waiting: list[int] = []
+
+    def hang(_: Any) -> str:
+        n_waiting.append(1)
+        opened.wait()
+        return "ok"
+
+    monkeypatch.setattr(health, "_store_state", hang)
+    monkeypatch.setattr(health, "_CHECK_S", 2.0)
+
+    async def ask() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(app=service.app)
+        headers = {"Authorization": f"Bearer {service.key}"}
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+            waiting = [asyncio.create_task(client.get("/readyz")) for _ in range(100)]
+            await asyncio.sleep(0)
+            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.get("/v1/jobs")).status_code == 200
+            assert not any(task.done() for task in waiting)
+            answers = await asyncio.gather(*waiting)
+            opened.set()
+            return answers
+
+    answers = asyncio.run(ask())
+    assert {(answer.status_code, answer.json()["store"]) for answer in answers} == {(503, "unavailable")}
+    assert len(n_waiting) == 1
+
+
+def test_methods_that_nobody_knows_are_one_label(service: Service) -> None:
+    for number in range(20):
+        service.client("").request(f"METHOD{number}", "/healthz")
+    metrics = service.client().get("/metrics").text
+    assert "METHOD" not in metrics
+    assert 'method="other"' in metrics
+
+
+def test_a_body_of_many_items_is_refused_before_they_are_looked_at(service: Service) -> None:
+    body = b"[" + b"1," * 400_000 + b"1]"
+    answer = service.client().post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    expect_problem(answer, 413, "payload_too_large")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -120,6 +121,30 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(InvalidRequest, match="no field 'text'; it has 'body'"):
         check_text([TextSource(url=str(tmp_path / "x.parquet"))], [str(tmp_path)])
+
+
+def test_a_repeated_value_of_parquet_is_held_once(tmp_path: Path) -> None:
+    """A kilobyte of Parquet can repeat a megabyte thousands of times: what is read at once is a thousand rows."""
+    table = pa.table({"text": pa.array(["x" * (1 << 19)] * 4096), "n": pa.array(range(4096))})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=["text"])
+    del table
+    before = pa.total_allocated_bytes()
+    found = read_documents(resolve_text([TextSource(url=str(tmp_path / "x.parquet"))], [str(tmp_path)]))
+    assert len(next(found)) == 1 << 19
+    assert pa.total_allocated_bytes() - before < 64 << 20
+    assert sum(1 for _ in found) == 4095
+    with pytest.raises(InvalidRequest, match="row 0 holds a int, wanted text"):
+        documents(tmp_path, TextSource(url=str(tmp_path / "x.parquet"), field="n"))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.json", "x.jsonl"])
+def test_documents_beyond_a_limit_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch()
+    os.truncate(path, (256 << 20) + 1)
+    with pytest.raises(InvalidRequest, match=r"bytes, and .* is read whole|has more than 268435456 bytes") as caught:
+        documents(tmp_path, TextSource(url=str(path)))
+    assert caught.value.code == "bad_text"
 
 
 def test_empty_and_missing_are_refused_early(tmp_path: Path) -> None:

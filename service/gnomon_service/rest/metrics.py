@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import count_jobs, dispatcher_age_s, oldest_queued_s
 
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -69,7 +70,9 @@ class RequestMetrics:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "none")
                 seconds = time.perf_counter() - started
-                self._metrics.count(scope["method"], route, message["status"], seconds)
+                # a label is kept for ever, and a client may send any word as its method
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._metrics.count(method, route, message["status"], seconds)
             await send(message)
 
         await self._app(scope, receive, counted_send)

@@ -20,7 +20,9 @@ _ENDINGS: Final[dict[str, Format]] = {
     ".txt": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet",
 }  # fmt: skip
 _PARQUET_ROWS: Final = 1024
-MAX_LINE_BYTES: Final = 256 << 20
+_MAX_GROUP_BYTES: Final = 2 << 30
+MAX_DOCUMENT_BYTES: Final = 256 << 20
+"""Of one document, of one line of .jsonl, and of a whole .txt or .json, which are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +136,23 @@ def _format(source: TextSource, location: Location) -> Format:
 
 
 def _read_txt(file: TextFile) -> Iterator[str]:
-    yield _decode(file.location.read_bytes(), file, None)
+    yield _decode(_read_whole(file), file, None)
 
 
 def _read_jsonl(file: TextFile) -> Iterator[str]:
     with file.location.open_read() as stream:
         number = 0
-        while line := stream.readline(MAX_LINE_BYTES):
+        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
+            if len(line) > MAX_DOCUMENT_BYTES:
+                raise _bad(file, number, f"has more than {MAX_DOCUMENT_BYTES} bytes; divide the document")
             text = _decode(line, file, number)
             if text.strip():
                 yield _text_of(_parse(text, file, number), file, f"line {number}")
 
 
 def _read_json(file: TextFile) -> Iterator[str]:
-    items = _parse(_decode(file.location.read_bytes(), file, None), file, None)
+    items = _parse(_decode(_read_whole(file), file, None), file, None)
     if isinstance(items, dict):
         records = list(items.values())
         # An object is one document, or a collection of documents by name: its values are then documents themselves.
@@ -168,13 +172,41 @@ def _read_parquet(file: TextFile) -> Iterator[str]:
             table = pq.ParquetFile(stream)
             if file.field not in table.schema_arrow.names:
                 raise _unknown_field(file, "", table.schema_arrow.names)
+            if pa.types.is_string(table.schema_arrow.field(file.field).type):
+                # A repeated value is held once and not once a row: a kilobyte can repeat a megabyte for ever.
+                table = pq.ParquetFile(stream, metadata=table.metadata, read_dictionary=[file.field])
+            _check_row_groups(table, file)
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[file.field]):
-                for value in batch.column(0).to_pylist():
-                    yield _text_of(value, file, f"row {number}")
+                for value in batch.column(0):
+                    yield _text_of(value.as_py(), file, f"row {number}")
                     number += 1
         except pa.ArrowException as error:
             raise _bad(file, None, f"is not readable Parquet: {error}") from error
+
+
+def _read_whole(file: TextFile) -> bytes:
+    """The bytes of a file that is read at once."""
+    n_bytes = file.location.size()
+    if n_bytes > MAX_DOCUMENT_BYTES:
+        raise _bad(
+            file, None, f"has {n_bytes} bytes, and {file.format} is read whole: {MAX_DOCUMENT_BYTES} at most; "
+            "write its documents as .jsonl, one a line"
+        )  # fmt: skip
+    return file.location.read_bytes()
+
+
+def _check_row_groups(table: Any, file: TextFile) -> None:
+    """Raise InvalidRequest where a row group's column says that it unpacks to more than can be held."""
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == file.field)
+        if n_bytes > _MAX_GROUP_BYTES:
+            raise _bad(
+                file, None, f"has a row group of {n_bytes} bytes, {_MAX_GROUP_BYTES} at most are read; write it with "
+                "smaller row groups"
+            )  # fmt: skip
 
 
 _READERS: Final = {"txt": _read_txt, "jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
+from typing import Final
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -14,30 +18,53 @@ from gnomon_storage.location import Location
 
 router = APIRouter(tags=["health"])
 
-_DISPATCHER_FRESH_S = 30.0
+_DISPATCHER_FRESH_S: Final = 30.0
+_CHECK_S: Final = 5.0
+"""Longest wait for the database or the store to say that it is there."""
+
+
+class Check:
+    """A check that is asked one at a time, in a thread apart from those of requests; who asks meanwhile shares it.
+
+    A store that accepts connections and does not answer then holds one thread, however many ask.
+    """
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[str] | None = None
+
+    async def ask(self, check: Callable[[], str]) -> str | None:
+        """What it says; None where it fails, or has nothing to say in time."""
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done() or self._task.get_loop() is not loop:
+            self._task = loop.create_task(to_thread.run_sync(check, limiter=CapacityLimiter(1)))
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._task), _CHECK_S)
+        except (GnomonError, TimeoutError):
+            return None
 
 
 @router.get("/healthz")
-def read_health() -> dict[str, str]:
+async def read_health() -> dict[str, str]:
     """Whether this process answers at all."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
-def read_readiness(response: Response, services: ServicesDep) -> dict[str, str]:
+async def read_readiness(request: Request, response: Response) -> dict[str, str]:
     """Whether requests can be served: 503 where the database or the store does not answer.
 
     A dispatcher that was not seen lately is told, but jobs can still be submitted.
     """
-    checks = {"database": "ok", "store": "ok", "dispatcher": "never seen"}
-    try:
-        checks["dispatcher"] = _dispatcher_state(services)
-    except GnomonError:
-        checks["database"] = "unavailable"
-    try:
-        _check_store(services)
-    except GnomonError:
-        checks["store"] = "unavailable"
+    state = request.app.state
+    dispatcher, store = await asyncio.gather(
+        state.dispatcher_check.ask(lambda: _dispatcher_state(state.services)),
+        state.store_check.ask(lambda: _store_state(state.services)),
+    )
+    checks = {
+        "database": "unavailable" if dispatcher is None else "ok",
+        "store": store or "unavailable",
+        "dispatcher": dispatcher or "unknown",
+    }
     is_ready = checks["database"] == checks["store"] == "ok"
     response.status_code = 200 if is_ready else 503
     return {"status": "ready" if is_ready else "not ready", **checks}
@@ -58,10 +85,11 @@ def _dispatcher_state(services: Services) -> str:
     return "ok" if age_s <= _DISPATCHER_FRESH_S else f"not seen for {age_s:.0f} s"
 
 
-def _check_store(services: Services) -> None:
+def _store_state(services: Services) -> str:
     root = Location.open(services.settings.storage_root)
     local = root.local_path()
     if local is None:
         Location.open(services.settings.project_root).exists()
     elif not (local.is_dir() and os.access(local, os.W_OK)):
         raise StoreUnavailable(f"the storage root {local} is not a folder that can be written to")
+    return "ok"
