@@ -16,7 +16,7 @@ from gnomon.specs import Activation, AuxK, BatchTopK, Gated, JumpReLU, Matryoshk
 from gnomon_workers.checkpoints.tensor_file import TensorReader, write_tensors
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.alignment import RULES
-from gnomon_workers.sae.plan import scale_of
+from gnomon_workers.sae.plan import Normalisation
 from gnomon_workers.sae.products import RowGradients, WeightUpdate
 from gnomon_workers.sae.reference import Reference, reference_gradients
 from gnomon_workers.sae.sparse import Picks
@@ -229,7 +229,7 @@ def whole_step(
         activation=activation, alignment=alignment, coefficient=coefficient,
         p=0.3 if name == "p_anneal" else 1.0, is_dead=is_dead, k_aux=step.plan.k_aux,
     )  # fmt: skip
-    scaled = x.double().cpu() * scale_of(step.plan.hooks, x.double().cpu())
+    scaled = Normalisation.of(step.plan.hooks, x.double().cpu())(x.double().cpu())
     wanted = reference_gradients(scaled, params, reference)
     watched = watch(step)
     result = step(LATE, x)

@@ -26,7 +26,7 @@ from gnomon.specs import Mesh, StoredActivations, TopK, TrainSpec
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import committed_checkpoints
 from gnomon_workers.sae.plan import TrainPlan, make_plan
-from gnomon_workers.train.rank import join_mesh, make_step, n_first_samples
+from gnomon_workers.train.rank import Meeting, join_mesh, make_step, n_first_samples
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
 
@@ -107,7 +107,8 @@ def measure(n_shards: int, options: argparse.Namespace) -> list[Usage]:
 def _rank(rank: int, work: Work, pipe: Connection) -> None:
     torch.set_num_threads(1)
     plan = work.plan
-    mesh = join_mesh(plan, rank=rank, address=work.address, device=torch.device("cpu"))
+    meeting = Meeting.at(work.address, rank=rank, n_ranks=plan.n_ranks)
+    mesh = join_mesh(plan, meeting, device=torch.device("cpu"))
     checkpoints = Location.open(f"file://{work.folder}")
     generator = np.random.default_rng(0)
     x = torch.from_numpy(generator.standard_normal((plan.spec.batch_size, plan.d_in), dtype=np.float32))

@@ -96,6 +96,11 @@ def cancel(job_id: str) -> Request[Job]:
     return Request(method="POST", path=_path("jobs", job_id, "cancel"), parse=Job.read)
 
 
+def resume(job_id: str) -> Request[Job]:
+    """POST /v1/jobs/{id}/resume; harmless while the job has not ended."""
+    return Request(method="POST", path=_path("jobs", job_id, "resume"), parse=Job.read)
+
+
 def jobs(*, state: JobState | None, kind: JobKind | None, limit: int | None) -> Flow[list[Job]]:
     """GET /v1/jobs, newest first."""
     filters = {name: value for name, value in (("state", state), ("kind", kind)) if value is not None}

@@ -94,6 +94,8 @@ def progress_text(job: Job) -> str:
     if job.progress is None or job.state != "running":
         return ""
     progress = job.progress
+    if progress.phase == "waiting":
+        return f"waiting: {progress.code}"
     if not progress.total:
         return f"{progress.phase} {progress.done:,} {progress.unit}"
     return f"{progress.phase} {progress.done / progress.total:.0%}"
@@ -102,13 +104,21 @@ def progress_text(job: Job) -> str:
 def event_text(event: Event) -> str:
     """One line of a job's log."""
     match event.told:
-        case StateChanged(before=before, to=to):
-            text = f"{before or '-'} -> {to}"
+        case StateChanged():
+            text = _state_text(event.told)
         case Logged(message=message):
             text = message
         case _:
             text = " ".join(f"{name}={_short(value)}" for name, value in event.data.items())
     return f"{moment(event.created_at)}  #{event.attempt}  {event.kind:<10}  {text}"
+
+
+def _state_text(told: StateChanged) -> str:
+    """From what state to which, and why."""
+    text = f"{told.before or '-'} -> {told.to}"
+    why = ": ".join(part for part in (told.code, told.message) if part)
+    again = "" if told.retry_in_s is None else f"; again in {told.retry_in_s:.0f} s"
+    return f"{text}  {why}{again}" if why else text
 
 
 def _short(value: object) -> str:

@@ -74,7 +74,7 @@ class EventCursor:
     glance_s: float | None = None
     """Stop following after this long, at the next line or silence; the cursor may be used again."""
     finished: bool = False
-    """The event that ends the job has been seen."""
+    """The event seen last ended the job; the stream then ends, unless the job was resumed afterwards."""
     is_idle: bool = True
     """Nothing has arrived on this connection: a job that has ended has no more to tell."""
     _decoder: SseDecoder = field(default_factory=SseDecoder)
@@ -83,7 +83,11 @@ class EventCursor:
 
     def is_over(self) -> bool:
         """Nothing more is to be read for now: the job has ended, or the glance has."""
-        return self.finished or (self._glance_until is not None and self.deadline.clock() >= self._glance_until)
+        return self.finished or self.is_glance_over()
+
+    def is_glance_over(self) -> bool:
+        """The job was followed for as long as it was to be."""
+        return self._glance_until is not None and self.deadline.clock() >= self._glance_until
 
     @property
     def read_timeout_s(self) -> float:
@@ -92,6 +96,7 @@ class EventCursor:
 
     def begin(self) -> None:
         """Start to follow, or go on."""
+        self.finished = False
         self._glance_until = None if self.glance_s is None else self.deadline.clock() + self.glance_s
 
     def connect(self) -> Request[None]:

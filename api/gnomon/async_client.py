@@ -98,6 +98,13 @@ class AsyncClient:
         """Ask a job to stop; a job that has ended stays as it is."""
         return await self._session.send(_requests.cancel(job_id))
 
+    async def resume(self, job_id: str) -> Job:
+        """Queue a job again that failed or was cancelled: it goes on from its last checkpoint or segment.
+
+        A job that has not ended stays as it is; raises Conflict where it succeeded.
+        """
+        return await self._session.send(_requests.resume(job_id))
+
     async def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """Events of a job with id > after; with follow=True, also those to come until it ends."""
         if follow:
@@ -155,7 +162,7 @@ class AsyncClient:
                         event = cursor.feed(line)
                         if event is not None:
                             yield event
-                        if cursor.is_over():
+                        if cursor.is_glance_over():
                             return
             except Unavailable as lost:
                 error = lost
@@ -227,6 +234,11 @@ class AsyncJobHandle(Generic[R_co]):
     async def cancel(self) -> Job:
         """Ask the job to stop."""
         self.job = await self._client.cancel(self.id)
+        return self.job
+
+    async def resume(self) -> Job:
+        """Queue the job again, which failed or was cancelled."""
+        self.job = await self._client.resume(self.id)
         return self.job
 
     def events(self, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:

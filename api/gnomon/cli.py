@@ -195,6 +195,13 @@ def cancel(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> 
         show_line(f"{found.id} is asked to stop")
 
 
+@app.command(epilog="It goes on from its last checkpoint or segment, on the same batches. Example: `gnomon resume JOB`")
+def resume(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
+    """Queue a job again that failed or was cancelled."""
+    found = _client(ctx).resume(job_id)
+    show_json(found) if as_json else show_line(f"{found.id} is {found.state}")
+
+
 @app.command()
 def activations(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False) -> None:
     """List activation stores, newest first."""

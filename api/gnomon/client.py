@@ -112,6 +112,13 @@ class Client:
         """Ask a job to stop; a job that has ended stays as it is."""
         return self._session.send(_requests.cancel(job_id))
 
+    def resume(self, job_id: str) -> Job:
+        """Queue a job again that failed or was cancelled: it goes on from its last checkpoint or segment.
+
+        A job that has not ended stays as it is; raises Conflict where it succeeded.
+        """
+        return self._session.send(_requests.resume(job_id))
+
     def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
         """Events of a job with id > after; with follow=True, also those to come until it ends."""
         if follow:
@@ -166,7 +173,7 @@ class Client:
                         event = cursor.feed(line)
                         if event is not None:
                             yield event
-                        if cursor.is_over():
+                        if cursor.is_glance_over():
                             return
             except Unavailable as lost:
                 error = lost
@@ -243,6 +250,11 @@ class JobHandle(Generic[R_co]):
     def cancel(self) -> Job:
         """Ask the job to stop."""
         self.job = self._client.cancel(self.id)
+        return self.job
+
+    def resume(self) -> Job:
+        """Queue the job again, which failed or was cancelled."""
+        self.job = self._client.resume(self.id)
         return self.job
 
     def events(self, *, after: int = 0, follow: bool = False) -> Iterator[Event]:

@@ -48,8 +48,8 @@ class PhaseBegan(EventData):
     """The job does something else from now on."""
 
     kind = "phase"
-    phase: Literal["harvest", "train", "evaluate", "export"] | str
-    """What it does."""
+    phase: Literal["harvest", "train", "evaluate", "export", "waiting"] | str
+    """What it does; "waiting" for a store that is away or full, or for room on the cluster."""
     total: int | None = None
     """Units in this phase, where known."""
     unit: str = "tokens"
@@ -66,6 +66,10 @@ class Progressed(PhaseBegan):
     """Units done in this phase."""
     rate: float | None = None
     """Units per second, lately."""
+    code: str | None = None
+    """What is waited for, for programs: "store_unavailable", "store_full", "no_room" and others."""
+    message: str | None = None
+    """What is waited for, for people."""
 
 
 class TrainingMeasured(EventData, StepMetrics, Costs):

@@ -107,6 +107,9 @@ class Job(Document):
     attempt: int
     """Attempts begun; also the fencing token of the current one."""
     max_attempts: int
+    """Losses in a row, with nothing committed among them, after which the job fails."""
+    n_losses: int = 0
+    """Losses of machines in a row since the job committed anything."""
     priority: int
     created_at: datetime
     started_at: datetime | None = None

@@ -34,23 +34,37 @@ def mapped_errors(path: str, variables: str = "") -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno in _ABSENT:  # obstore's has no number
             raise NotFound(f"there is no file {path!r}") from error
-        reason = error.strerror or str(error)
         if error.errno in _FULL:
-            raise StoreUnavailable(
-                f"the disk that holds {path!r} is full ({reason}); free space and run the job again",
-                code="store_full",
-            ) from error
-        raise StoreUnavailable(f"cannot use {path!r}: {reason}") from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise StoreUnavailable(
-            f"the object store refuses access to {path!r}; check {variables} in the environment of this process",
-            code="store_refused",
-        ) from error
+            raise store_full(f"the disk that holds {path!r}", error) from error
+        raise StoreUnavailable(f"cannot use {path!r}: {error.strerror or error}") from error
     except BaseError as error:
-        if "NoSuchBucket" in str(error):
-            raise StoreUnavailable(f"the bucket of {path!r} does not exist; create it", code="no_bucket") from error
-        reason = str(error).splitlines()[0]
-        raise StoreUnavailable(f"the object store failed at {path!r}: {reason}") from error
+        raise object_store_failed(error, repr(path), variables) from error
+
+
+def store_failure(error: BaseException) -> StoreUnavailable | None:
+    """What an error that passed no `mapped_errors` says of a store; None where it says nothing of one."""
+    if isinstance(error, BaseError):
+        return object_store_failed(error, "an object", "the credentials")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return store_full(f"the disk that holds {error.filename!r}" if error.filename else "a disk", error)
+    return None
+
+
+def store_full(disk: str, error: OSError) -> StoreUnavailable:
+    """The error of a disk on which nothing more can be written."""
+    return StoreUnavailable(f"{disk} is full ({error.strerror or error}); free space", code="store_full")
+
+
+def object_store_failed(error: BaseError, what: str, variables: str) -> StoreUnavailable:
+    """The error of an object store that did not do what was asked of it."""
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return StoreUnavailable(
+            f"the object store refuses access to {what}; check {variables} in the environment of this process",
+            code="store_refused",
+        )
+    if "NoSuchBucket" in str(error):
+        return StoreUnavailable(f"the bucket of {what} does not exist; create it", code="no_bucket")
+    return StoreUnavailable(f"the object store failed at {what}: {str(error).splitlines()[0]}")
 
 
 class Backend(ABC):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound
+from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound, StoreUnavailable
 from gnomon_storage.backends import TEMP_PREFIX, Backend
 from gnomon_storage.local import LocalBackend
 from gnomon_storage.objects import OBJECT_STORES, ObjectBackend
@@ -161,6 +162,20 @@ class Location:
             raise NotFound(f"there is nothing at {self.url}")
         for name in names:
             self.child(name)._download_file(local / name)
+
+    def check_room(self, n_bytes: int) -> None:
+        """Raise StoreUnavailable, code "store_full", where a local disk has no room for so much; others cannot say."""
+        path = self.local_path()
+        if path is None:
+            return
+        while not path.exists():
+            path = path.parent
+        n_free = shutil.disk_usage(path).free
+        if n_free < n_bytes:
+            raise StoreUnavailable(
+                f"the disk that holds {self.path!r} has {n_free:,} bytes free, and {n_bytes:,} are needed; free space",
+                code="store_full",
+            )
 
     def local_path(self) -> Path | None:
         """The path where this is a local file or folder; None for object stores."""

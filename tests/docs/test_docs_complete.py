@@ -13,7 +13,7 @@ from gnomon.dictionary_config import Architecture
 from gnomon.errors import GnomonError
 from gnomon.resources import Event
 from gnomon.specs import (
-    DEFAULT_BETA1,
+    DEFAULT_BETAS,
     DEFAULT_LR,
     Activation,
     Adam,
@@ -109,7 +109,12 @@ def test_defaults_of_activations_that_the_method_page_states_hold() -> None:
     assert (JumpReLU().bandwidth, JumpReLU().initial_threshold) == (0.001, 0.001)
     assert {Gated().l1_coefficient, ReLU().l1_coefficient, PAnneal().l1_coefficient} == {0.04}
     assert (PAnneal().final_p, PAnneal().n_updates, AuxK().coefficient) == (0.2, 10, 1 / 32)
-    assert (DEFAULT_LR, DEFAULT_BETA1) == ({"jumprelu": 7e-5, "gated": 5e-5}, {"jumprelu": 0.0})
+    assert DEFAULT_LR == {"jumprelu": 7e-5, "gated": 5e-5}
+    chooses_k, penalised = {"topk", "batchtopk", "matryoshka"}, {"gated", "relu", "p_anneal"}
+    assert (
+        dict.fromkeys(chooses_k, (0, 0.99)) | dict.fromkeys(penalised, (0.9, 0.999)) | {"jumprelu": (0, 0.999)}
+        == DEFAULT_BETAS
+    )
 
 
 def test_defaults_that_the_method_page_states_hold() -> None:
@@ -117,13 +122,15 @@ def test_defaults_that_the_method_page_states_hold() -> None:
         {
             "activations": {"kind": "store", "id": "act_" + "0" * 32},
             "d_sae": 2**14,
-            "token_budget": 10**9,
+            "token_budget": 4096 * 400_000,
         }
     )
     assert spec.resolve_lr(2**14) == pytest.approx(2e-4)
-    assert spec.warmup_steps == 1000
-    assert spec.schedule.decay_fraction == pytest.approx(0.2)
-    assert Adam().clip_norm is not None
+    shorter = spec.model_copy(update={"token_budget": 4096 * 4_000})
+    assert shorter.resolve_lr(2**14) == pytest.approx(2e-3) and shorter.resolve_lr(2**10) == pytest.approx(7e-3)
+    assert (spec.warmup_steps, shorter.warmup_steps) == (1000, 200)
+    assert (spec.normalize, spec.schedule.decay_fraction) == ("centred", 1.0)
+    assert (Adam().clip_norm, Adam().b_enc_rate, Adam().b_dec_rate) == (1.0, 5.0, 0.03)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -16,7 +17,8 @@ from gnomon.errors import CorruptArtifact, GnomonError
 from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.answers import answers
 from gnomon_workers.runtime.gang import Gang
-from gnomon_workers.runtime.reporting import WorkerLost
+from gnomon_workers.runtime.protocol import Report
+from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from tests.support.rays import local_ray
 from tests.support.waiting import wait_until
 
@@ -58,7 +60,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_members_run_and_are_gone_afterwards() -> None:
-    with Gang.start(Member, 2) as gang:
+    with Gang.start(Member, 2, Reporter()) as gang:
         pids = ray.get([member.pid.remote() for member in gang.members])
         ticks: list[int] = []
         values = gang.watch([m.work.remote(0.5) for m in gang.members], lambda: ticks.append(1))
@@ -67,7 +69,7 @@ def test_members_run_and_are_gone_afterwards() -> None:
 
 
 def test_a_killed_member_is_noticed_while_another_works() -> None:
-    with Gang.start(Member, 2) as gang:
+    with Gang.start(Member, 2, Reporter()) as gang:
         running = [m.work.remote(60) for m in gang.members]
         os.kill(ray.get(gang.members[1].pid.remote()), signal.SIGKILL)
         with pytest.raises(WorkerLost, match="died"):
@@ -75,14 +77,14 @@ def test_a_killed_member_is_noticed_while_another_works() -> None:
 
 
 def test_a_failing_member_is_noticed_with_its_reason() -> None:
-    with Gang.start(Member, 2) as gang:
+    with Gang.start(Member, 2, Reporter()) as gang:
         running = [gang.members[0].work.remote(60), gang.members[1].fail.remote()]
         with pytest.raises(WorkerLost, match="out of luck"):
             gang.watch(running, lambda: None)
 
 
 def test_an_error_that_would_come_again_is_the_jobs_own_with_its_place() -> None:
-    with Gang.start(Member, 2) as gang:
+    with Gang.start(Member, 2, Reporter()) as gang:
         running = [gang.members[0].work.remote(60), gang.members[1].stumble.remote()]
         with pytest.raises(GnomonError, match=r"no such shape \(at test_gang.py:\d+ in stumble\)") as caught:
             gang.watch(running, lambda: None)
@@ -91,7 +93,7 @@ def test_an_error_that_would_come_again_is_the_jobs_own_with_its_place() -> None
 
 
 def test_a_members_refusal_is_raised_as_the_error_that_it_is_while_another_works() -> None:
-    with Gang.start(Member, 2) as gang:
+    with Gang.start(Member, 2, Reporter()) as gang:
         running = [gang.members[0].work.remote(600), gang.members[1].refuse.remote()]
         with pytest.raises(CorruptArtifact, match="shard 3 is damaged") as caught:
             gang.watch(running, lambda: None)
@@ -100,7 +102,7 @@ def test_a_members_refusal_is_raised_as_the_error_that_it_is_while_another_works
 
 def test_a_stopped_member_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gangs, "STALL_S", 10.0)
-    with Gang.start(Member, 2) as gang:
+    with Gang.start(Member, 2, Reporter()) as gang:
         gang.watch([m.work.remote(1.5) for m in gang.members], lambda: None)
         running = [m.work.remote(60) for m in gang.members]
         pid = ray.get(gang.members[1].pid.remote())
@@ -110,7 +112,31 @@ def test_a_stopped_member_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_until(lambda: not psutil.pid_exists(pid), "the end of the stopped member")
 
 
-def test_a_gang_that_does_not_fit_is_refused_with_what_the_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gangs, "PLACEMENT_DEADLINE_S", 1.0)
-    with pytest.raises(WorkerLost, match="could not place 9 workers"):
-        Gang.start(Member, 9)
+def test_a_gang_waits_for_room_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gangs, "NO_ROOM_S", 1.0)
+    first, second = Reporter(), Reporter()
+    second.phase("train", total=100, unit="tokens")
+    with ThreadPoolExecutor(1) as pool:
+        with Gang.start(Member, 2, first):
+            waiting = pool.submit(Gang.start, Member, 3, second)
+            wait_until(lambda: _last(second).data.get("code") == "no_room", "word of the wait")
+        with waiting.result(timeout=60) as gang:
+            assert sorted(gang.watch([m.work.remote(0) for m in gang.members], lambda: None)) == [0, 1, 2]
+    assert "no room for 3 workers (a core each); it has 3 cores" in _last(second, "waiting").data["message"]
+    assert _last(second).data["phase"] == "train"
+    assert not any(report.kind == "log" for report in first.after(0))
+
+
+def test_a_gang_that_waits_for_room_can_be_cancelled() -> None:
+    reporter = Reporter()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(Gang.start, Member, 9, reporter)
+        reporter.cancel()
+        with pytest.raises(Cancelled):
+            waiting.result(timeout=60)
+
+
+def _last(reporter: Reporter, phase: str = "") -> Report:
+    """The last progress told, of a phase or of any."""
+    told = [each for each in reporter.after(0) if each.kind == "progress"]
+    return next(each for each in reversed(told) if phase in ("", each.data["phase"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +197,16 @@ def test_a_bad_cursor_is_refused(service: Service, cursor: str) -> None:
     code = "invalid_request" if len(cursor) > 256 else "invalid_cursor"
     for kind in ("jobs", "activations", "dictionaries"):
         expect_problem(service.client().get(f"/v1/{kind}?cursor={cursor}"), 422, code)
+
+
+@pytest.mark.parametrize("odd", ["a%00b", "%ff%fe", "%F0%28%8C%28", "..", "a%20b", "a" * 65, "%ed%a0%80"])
+def test_an_odd_id_in_a_path_is_refused_before_the_database_sees_it(service: Service, odd: str) -> None:
+    paths = [(method, path) for method, path in routes_of(service) if "_id}" in path]
+    assert len(paths) >= 9
+    for method, path in paths:
+        filled = re.sub(r"\{\w+_id\}", odd, path).replace("{name}", "cfg.json")
+        answer = service.client().request(method, filled)
+        assert answer.status_code in (404, 405, 422), (method, filled, answer.status_code)
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1000000", "limit=x", "state=lost"])

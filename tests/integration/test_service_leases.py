@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from gnomon.errors import CorruptArtifact, LeaseLost
+from gnomon.errors import Conflict, CorruptArtifact, LeaseLost
 from gnomon_service.db.engine import Database
 from gnomon_service.jobs.held import Lease, RetryPolicy
 from gnomon_service.jobs.leases import Leases
@@ -126,6 +126,82 @@ def test_a_lease_handed_back_is_adopted_at_once(bench: Bench) -> None:
     lease = bench.claim("a").lease
     bench.leases.hand_back(lease)
     assert [held.lease.job_id for held in bench.leases.adopt("b")] == [lease.job_id]
+
+
+def test_losses_count_from_what_was_committed_last(bench: Bench) -> None:
+    """A month of training may lose any number of machines, as long as it gets on between two losses."""
+    job = bench.submit(max_attempts=2)
+    committed = (1, "segment", {"name": "part-00000", "kept": False})
+    for attempt in range(1, 8):
+        lease = bench.claim().lease
+        bench.leases.record(lease, [committed])
+        bench.leases.lose(lease, "node died")
+        bench.release()
+        assert (bench.job(job.id).state, bench.job(job.id).attempt, bench.job(job.id).n_losses) == (
+            "queued",
+            attempt,
+            1,
+        )
+    lease = bench.claim().lease
+    bench.leases.record(lease, [(1, "segment", {"name": "part-00000", "kept": True})])
+    bench.leases.lose(lease, "node died")
+    failed = bench.job(job.id)
+    assert failed.error is not None
+    assert failed.error.message == "2 attempts in a row were lost and committed nothing; the last one: node died"
+
+
+def test_a_resumed_job_goes_on_with_its_number_of_attempts_and_a_fresh_count_of_losses(bench: Bench) -> None:
+    job = bench.submit(max_attempts=1, deadline_s=3600)
+    bench.leases.lose(bench.claim().lease, "node died")
+    assert bench.job(job.id).state == "failed" and bench.store_row().state == "failed"
+    resumed = bench.queue.resume(PROJECT, job.id)
+    assert (resumed.state, resumed.error, resumed.finished_at, resumed.n_losses) == ("queued", None, None, 0)
+    assert bench.store_row().state == "harvesting"
+    assert bench.leases.claim("a") is None, "something of the lost attempt may still run"
+    bench.release()
+    lease = bench.claim().lease
+    assert lease.attempt == 2
+    bench.leases.mark_running(lease)
+    bench.leases.succeed(lease, STORE_RESULT)
+    assert bench.job(job.id).state == "succeeded" and bench.store_row().state == "sealed"
+    with pytest.raises(Conflict, match="has succeeded"):
+        bench.queue.resume(PROJECT, job.id)
+
+
+def test_resuming_a_training_resumes_the_harvest_that_it_needs(bench: Bench) -> None:
+    job = bench.submit(train_spec())
+    harvest = bench.claim().lease
+    bench.leases.fail(harvest, code="x", message="y")
+    bench.release()
+    assert bench.job(job.id).state == "failed"
+    assert bench.queue.resume(PROJECT, job.id).state == "queued"
+    assert bench.job(harvest.job_id).state == "queued"
+    again = bench.claim().lease
+    assert (again.job_id, again.attempt) == (harvest.job_id, 2)
+    bench.leases.mark_running(again)
+    bench.leases.succeed(again, STORE_RESULT)
+    bench.release()
+    assert bench.claim().lease.job_id == job.id
+
+
+def test_a_harvest_that_another_job_does_by_now_is_not_resumed(bench: Bench) -> None:
+    first = bench.submit()
+    bench.leases.fail(bench.claim().lease, code="x", message="y")
+    second = bench.submit()
+    assert second.id != first.id
+    with pytest.raises(Conflict, match=second.id) as caught:
+        bench.queue.resume(PROJECT, first.id)
+    assert caught.value.code == "store_in_use"
+    assert bench.job(first.id).state == "failed"
+
+
+def test_a_job_whose_claim_was_never_answered_is_adopted_by_its_own_dispatcher(bench: Bench) -> None:
+    job = bench.submit()
+    bench.leases.claim("a")
+    bench.let_lease_pass(job.id)
+    assert bench.leases.adopt("a", [job.id]) == [], "it is held"
+    (held,) = bench.leases.adopt("a", [])
+    assert (held.lease.attempt, held.lease.owner) == (1, "a")
 
 
 def test_a_lost_attempt_runs_again_until_the_last(bench: Bench) -> None:

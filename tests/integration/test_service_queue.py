@@ -37,13 +37,16 @@ def test_migrate_twice_changes_nothing(database: Database) -> None:
         assert len(connection.execute(select(legal_transitions)).all()) == len(LEGAL_TRANSITIONS)
 
 
-@pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
-def test_the_database_itself_refuses_to_leave_a_terminal_state(bench: Bench, state: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "to"),
+    [("succeeded", "queued"), ("failed", "running"), ("cancelled", "scheduled"), ("failed", "succeeded")],
+)
+def test_the_database_itself_refuses_to_leave_a_terminal_state(bench: Bench, state: str, to: str) -> None:
     job = bench.submit()
     with bench.database.write() as connection:
         connection.execute(text("UPDATE jobs SET state = :state WHERE id = :id"), {"state": state, "id": job.id})
     with pytest.raises(IntegrityError, match="illegal transition"), bench.database.write() as connection:
-        connection.execute(text("UPDATE jobs SET state = 'queued' WHERE id = :id"), {"id": job.id})
+        connection.execute(text("UPDATE jobs SET state = :to WHERE id = :id"), {"to": to, "id": job.id})
 
 
 @pytest.mark.parametrize("statement", ["UPDATE job_events SET kind = 'log'", "DELETE FROM job_events"])

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from gnomon.errors import LeaseLost
+from gnomon.errors import Conflict, LeaseLost
 from gnomon.resources import TERMINAL_STATES
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import LEGAL_TRANSITIONS
@@ -35,6 +35,7 @@ class JobHistory(RuleBasedStateMachine):
         self.job_id = self.bench.submit(max_attempts=MAX_ATTEMPTS).id
         self.state, self.attempt, self.holder = "queued", 0, ""
         self.cancel_requested = self.is_unreleased = False
+        self.n_losses = 0
         self.leases: list[Lease] = []
 
     def teardown(self) -> None:
@@ -49,11 +50,12 @@ class JobHistory(RuleBasedStateMachine):
             self.state, self.attempt, self.holder = "scheduled", self.attempt + 1, owner
             self.leases.append(held.lease)
 
-    @rule(owner=st.sampled_from("ab"))
-    def adopt(self, owner: str) -> None:
+    @rule(owner=st.sampled_from("ab"), is_held=st.booleans())
+    def adopt(self, owner: str, is_held: bool) -> None:
+        """A dispatcher that does not hold what it claimed (the answer was lost) adopts it like any other's."""
         self.bench.let_lease_pass(self.job_id)
-        held = self.bench.leases.adopt(owner)
-        expected = self.state in ("scheduled", "running") and self.holder != owner
+        held = self.bench.leases.adopt(owner, [self.job_id] if is_held else [])
+        expected = self.state in ("scheduled", "running") and not (is_held and self.holder == owner)
         assert bool(held) == expected
         if held:
             self.holder = owner
@@ -61,7 +63,7 @@ class JobHistory(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        write=st.sampled_from(["renew", "mark_running", "succeed", "fail", "cancelled", "lose", "record"]),
+        write=st.sampled_from(["renew", "mark_running", "succeed", "fail", "cancelled", "lose", "record", "keep"]),
     )
     def write(self, data: st.DataObject, write: str) -> None:
         if not self.leases:
@@ -89,6 +91,15 @@ class JobHistory(RuleBasedStateMachine):
             self.cancel_requested = True
 
     @rule()
+    def resume(self) -> None:
+        try:
+            self.bench.queue.resume(PROJECT, self.job_id)
+        except Conflict:
+            assert self.state == "succeeded"
+        if self.state in ("failed", "cancelled"):
+            self.state, self.n_losses, self.cancel_requested = "queued", 0, False
+
+    @rule()
     def release(self) -> None:
         self.bench.release()
         self.is_unreleased = False
@@ -96,10 +107,11 @@ class JobHistory(RuleBasedStateMachine):
     @invariant()
     def the_database_agrees(self) -> None:
         job = self.bench.job(self.job_id)
-        assert (job.state, job.attempt, job.cancel_requested) == (
+        assert (job.state, job.attempt, job.cancel_requested, job.n_losses) == (
             self.state,
             self.attempt,
             self.cancel_requested,
+            self.n_losses,
         )
         states = self.bench.states(self.job_id)
         assert states[-1] == self.state
@@ -121,6 +133,10 @@ class JobHistory(RuleBasedStateMachine):
                 leases.lose(lease, "y")
             case "record":
                 leases.record(lease, [(1, "log", {})])
+            case "keep":
+                # a number that no report had before
+                n_told = len(self.bench.events(self.job_id)) + 1
+                leases.record(lease, [(n_told, "checkpoint", {"step": 1, "n_bytes": 1, "copy_s": 0, "duration_s": 0})])
             case _:
                 getattr(leases, write)(lease)
 
@@ -131,7 +147,11 @@ class JobHistory(RuleBasedStateMachine):
         elif write == "lose" and self.cancel_requested:
             self.state = "cancelled"
         elif write == "lose":
-            self.state = "failed" if self.attempt >= MAX_ATTEMPTS else "queued"
+            is_last = self.n_losses + 1 >= MAX_ATTEMPTS
+            self.state = "failed" if is_last else "queued"
+            self.n_losses += not is_last
+        elif write == "keep":
+            self.n_losses = 0
         else:
             self.state = ends.get(write, self.state)
         if self.state in TERMINAL_STATES or self.state == "queued":

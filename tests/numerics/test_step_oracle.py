@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gnomon.specs import Activation, Alignment, AuxK, BatchTopK, Gated, JumpReLU, Matryoshka, PAnneal, ReLU, TopK
 from gnomon_workers.sae.alignment import alignment_scores
-from gnomon_workers.sae.plan import HookRows, scale_of
+from gnomon_workers.sae.plan import HookRows, Normalisation
 from gnomon_workers.sae.reference import Reference, reference_gradients
 from gnomon_workers.sae.variants.dense import BLOCK_BYTES, DENSITY
 from gnomon_workers.sae.variants.topk import threshold_decay
@@ -51,7 +51,7 @@ def expected_of(step: TrainStep, x: Tensor, name: str, is_dead: Tensor | None = 
         k_aux=step.plan.k_aux,
     )
     d_in = step.plan.d_in
-    scaled = x.double() * scale_of(step.plan.hooks, x.double())
+    scaled = Normalisation.of(step.plan.hooks, x.double())(x.double())
     target = scaled[:, d_in:] if step.plan.target is not None else None
     found = reference_gradients(scaled[:, :d_in], params, reference, target=target)
     return {**found.grads, "loss": found.loss, "objective": found.objective}
@@ -163,7 +163,9 @@ def test_one_whole_step_equals_a_dense_adam_step(name: str) -> None:
         leaf.grad = oracle[parameter]
     torch.nn.utils.clip_grad_norm_(leaves.values(), 0.1)
     result = step(LATE, x)
-    torch.optim.Adam(leaves.values(), lr=result.lr, betas=(plan.spec.beta1, 0.999)).step()
+    rates = plan.bias_rates
+    groups = [{"params": [leaf], "lr": result.lr * rates.get(name, 1.0)} for name, leaf in leaves.items()]
+    torch.optim.Adam(groups, betas=(plan.spec.beta1, plan.spec.beta2)).step()
     d = leaves["W_dec"] / leaves["W_dec"].norm(dim=1, keepdim=True)
     w = leaves["W_enc_rows"]
     wanted = {**leaves, "W_dec": d, "W_enc_rows": w + (1 - (w * d).sum(1, keepdim=True)) * d}

@@ -49,7 +49,7 @@ def test_the_first_group_of_a_matryoshka_reconstructs_by_itself() -> None:
         acts = torch.where(pre > step.state["threshold"], pre, 0.0)
         first = acts[:, :24] @ params.W_dec[:24] + params.b_dec
         errors.append(float((first - x).square().sum(1).mean()))
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_p_falls_in_equal_steps_and_lambda_keeps_the_penalty() -> None:

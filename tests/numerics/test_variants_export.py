@@ -12,7 +12,7 @@ from gnomon.dictionary import Dictionary, load_folder
 from gnomon.errors import InvalidRequest
 from gnomon.specs import Activation, Alignment, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from gnomon_storage.location import Location
-from gnomon_workers.sae.plan import HookRows, TrainPlan
+from gnomon_workers.sae.plan import HookRows, Normalisation, TrainPlan
 from gnomon_workers.sae.sparse import decode
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint, state_tensors
@@ -24,7 +24,8 @@ from tests.support.variants import FIELDS, VARIANTS
 
 ARCHITECTURES = {"topk": "topk", "batchtopk": "jumprelu", "matryoshka": "jumprelu", "jumprelu": "jumprelu"}
 ARCHITECTURES |= {"gated": "gated", "relu": "standard", "p_anneal": "standard"}
-FROM, TO = HookRows(name="model.layers.1", width=24, scale=1 / 40), HookRows(name="model.layers.2", width=16, scale=0.5)
+FROM = HookRows(name="model.layers.1", width=24, mean=tuple(range(24)), scale=1 / 40)
+TO = HookRows(name="model.layers.2", width=16, mean=tuple(range(-3, 13)), scale=0.5)
 JOINT: dict[str, Activation] = {
     "topk": TopK(k=5),
     "jumprelu": JumpReLU(l0_coefficient=0.01, warmup_steps=0),
@@ -35,8 +36,8 @@ JOINT: dict[str, Activation] = {
 
 
 def rows_of(plan: TrainPlan, seed: int) -> Tensor:
-    """Raw rows (batch, widths of all hooks), every hook as large as its scale says."""
-    parts = [data(64, seed=seed, d_in=hook.width) / hook.scale for hook in plan.hooks]
+    """Raw rows (batch, widths of all hooks), every hook as far out and as large as its mean and scale say."""
+    parts = [data(64, seed=seed, d_in=hook.width) / hook.scale + torch.tensor(hook.mean or 0.0) for hook in plan.hooks]
     return torch.cat(parts, dim=1)
 
 
@@ -54,8 +55,7 @@ def inferred(step: TrainStep, x: Tensor) -> tuple[Tensor, Tensor]:
     """Features (batch, d_sae) and reconstruction of raw rows, as training has them at inference, rescaled."""
     plan, params = step.plan, step.parameters
     if isinstance(plan.spec.activation, BatchTopK | Matryoshka):
-        scaled = x * torch.cat([torch.full((hook.width,), hook.scale) for hook in plan.hooks])
-        inputs = scaled[:, : plan.d_in] - (params.b_dec if plan.target is None else 0)
+        inputs = Normalisation.of(plan.hooks, x)(x)[:, : plan.d_in] - (params.b_dec if plan.target is None else 0)
         pre = inputs @ params.W_enc + params.b_enc
         acts = torch.where(pre > step.state["threshold"], pre, 0.0)
         hat = acts @ params.W_dec + params.b_dec
@@ -64,7 +64,8 @@ def inferred(step: TrainStep, x: Tensor) -> tuple[Tensor, Tensor]:
         acts, hat = dense(picks, params.n_local), decode(picks, params.W_dec) + params.b_dec
     outputs = plan.inputs if plan.target is None else (plan.target,)
     scales = torch.cat([torch.full((hook.width,), hook.scale) for hook in outputs])
-    return acts / plan.output_scale, hat / scales
+    means = torch.cat([torch.tensor(hook.mean or (0.0,) * hook.width) for hook in outputs])
+    return acts / plan.output_scale, hat / scales + means
 
 
 def check(step: TrainStep, dictionary: Dictionary, x: Tensor) -> None:

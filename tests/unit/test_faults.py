@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import socket
 
+import obstore.exceptions
 import pytest
 import ray.exceptions
 import torch
 
-from gnomon.errors import InvalidRequest, StoreUnavailable
+from gnomon.errors import InvalidRequest, StoreUnavailable, Unavailable
 from gnomon_workers.runtime.faults import own_fault
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.ENOSPC, "no space"),
+        OSError(errno.EIO, "bad sector"),
         ConnectionResetError(errno.ECONNRESET, "reset"),
         TimeoutError("late"),
         socket.gaierror(-2, "no name"),
@@ -53,6 +54,23 @@ def test_what_would_come_again_is_the_jobs_own(error: Exception, code: str) -> N
     assert f"{type(error).__name__}: " in fault.message
     assert "test_faults.py" in fault.message
     assert str(fault.detail["trace"]).startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "no space", "/data/x"), "store_full"),
+        (OSError(errno.EDQUOT, "over quota"), "store_full"),
+        (obstore.exceptions.GenericError("connection refused"), "store_unavailable"),
+        (obstore.exceptions.PermissionDeniedError("403"), "store_refused"),
+        (StoreUnavailable("away"), "store_unavailable"),
+    ],
+    ids=str,
+)
+def test_what_a_store_does_is_waited_for_wherever_it_was_met(error: Exception, code: str) -> None:
+    fault = own_fault(error)
+    assert isinstance(fault, Unavailable)
+    assert (fault.code, fault.retryable) == (code, True)
 
 
 def test_errors_with_a_code_stay_what_they_are() -> None:

@@ -28,6 +28,9 @@ BASE: dict[str, Any] = {
         ({"hook_names": ["a", "b"], "target_hook_name": "c"}, "excludes hook_name and target_hook_name"),
         ({"hook_names": ["a", "b", "a"]}, "same hook twice"),
         ({"hook_names": ["a"]}, "at least 2 items"),
+        ({"d_sae": True}, "d_sae is true"),
+        ({"optimizer": {"lr": True}}, "lr is true"),
+        ({"activation": {"kind": "topk", "aux": {"k": True}}}, "k is true"),
         ({"hook_name": "a", "target_hook_name": "b"}, "set alignment='none'"),
     ],
 )
@@ -37,12 +40,13 @@ def test_specs_that_contradict_themselves_are_refused(change: dict[str, Any], wo
 
 
 @pytest.mark.parametrize(
-    ("kind", "lr", "beta1"), [("jumprelu", 7e-5, 0.0), ("gated", 5e-5, 0.9), ("topk", 2e-4, 0.9), ("relu", 2e-4, 0.9)]
+    ("kind", "lr", "beta1"), [("jumprelu", 7e-5, 0.0), ("gated", 5e-5, 0.9), ("topk", 2e-4, 0.0), ("relu", 2e-4, 0.9)]
 )
 def test_variants_bring_their_own_optimizer_defaults_and_yield_to_given_ones(
     kind: str, lr: float, beta1: float
 ) -> None:
-    spec = TrainSpec.model_validate(BASE | {"activation": {"kind": kind}})
+    long_run = {"token_budget": 4096 * 10**6}
+    spec = TrainSpec.model_validate(BASE | long_run | {"activation": {"kind": kind}})
     assert spec.resolve_lr(2**14) == pytest.approx(lr) and spec.beta1 == beta1
     given = TrainSpec.model_validate(BASE | {"activation": {"kind": kind}, "optimizer": {"lr": 1e-3, "beta1": 0.5}})
     assert (given.resolve_lr(2**14), given.beta1) == (1e-3, 0.5)

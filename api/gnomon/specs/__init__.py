@@ -5,7 +5,7 @@ that was accepted once needs no second check of its shape.
 """
 
 from gnomon.specs.activations import (
-    DEFAULT_BETA1,
+    DEFAULT_BETAS,
     DEFAULT_LR,
     Activation,
     AuxK,
@@ -33,7 +33,7 @@ from gnomon.specs.request import AnySpec, JobRequest, JobSpec, UnknownSpec
 from gnomon.specs.train import Adam, Alignment, Mesh, Schedule, StoredActivations, TrainSpec, TrainVariant, check_shape
 
 __all__ = [
-    "DEFAULT_BETA1",
+    "DEFAULT_BETAS",
     "DEFAULT_LR",
     "Activation",
     "Adam",

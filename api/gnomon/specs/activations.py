@@ -103,7 +103,7 @@ class Gated(Spec):
 
     kind: Literal["gated"] = "gated"
     l1_coefficient: Annotated[float, Field(ge=0, le=1e4)] = 0.04
-    """lambda of the sum of positive gates, for inputs of unit mean squared norm; .012 to .08 in the source."""
+    """lambda of the sum of positive gates, for normalised inputs; .012 to .08 in the source."""
     warmup_steps: Annotated[int, Field(ge=0, le=10**7)] | None = None
     """Steps over which lambda rises from 0; None = a twentieth of the run."""
 
@@ -113,7 +113,7 @@ class ReLU(Spec):
 
     kind: Literal["relu"] = "relu"
     l1_coefficient: Annotated[float, Field(ge=0, le=1e4)] = 0.04
-    """lambda, for inputs of unit mean squared norm."""
+    """lambda, for normalised inputs."""
     penalty: Literal["l1", "decoder_norm_l1"] = "l1"
     """"l1": the sum of activations (Bricken et al. 2023); "decoder_norm_l1": of activation times decoder norm
     (Anthropic, April 2024). Decoder rows have norm 1, so the two agree up to rounding."""
@@ -126,7 +126,7 @@ class PAnneal(Spec):
 
     kind: Literal["p_anneal"] = "p_anneal"
     l1_coefficient: Annotated[float, Field(ge=0, le=1e4)] = 0.04
-    """lambda at p = 1, for inputs of unit mean squared norm; rescaled at every update of p so that the penalty of the
+    """lambda at p = 1, for normalised inputs; rescaled at every update of p so that the penalty of the
     ten steps before is unchanged."""
     final_p: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The last value of p."""
@@ -144,8 +144,20 @@ Activation = Annotated[
 ]
 DEFAULT_LR: dict[str, float] = {"jumprelu": 7e-5, "gated": 5e-5}
 """Peak learning rates that their sources give; those of other activations follow the size of the dictionary."""
-DEFAULT_BETA1: dict[str, float] = {"jumprelu": 0.0}
-"""Decays of the first moment that their sources give; .9 for all others."""
+LONG_RUN_STEPS = 400_000
+"""Steps from which on the peak learning rate no longer depends on the length of the run."""
+LARGEST_DEFAULT_LR = 7e-3
+"""From here on features die, however short the run."""
+DEFAULT_BETAS: dict[str, tuple[float, float]] = {
+    "topk": (0.0, 0.99),
+    "batchtopk": (0.0, 0.99),
+    "matryoshka": (0.0, 0.99),
+    "jumprelu": (0.0, 0.999),
+    "gated": (0.9, 0.999),
+    "relu": (0.9, 0.999),
+    "p_anneal": (0.9, 0.999),
+}
+"""Decays of Adam's moments: by ablation (docs/method.md) where k features are chosen, else those of the sources."""
 
 
 def chooses_k(activation: Activation) -> TypeGuard[TopK | BatchTopK | Matryoshka]:

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from gnomon.specs.activations import DEFAULT_BETA1, DEFAULT_LR, Activation, Matryoshka, TopK, chooses_k
+from gnomon.specs.activations import (
+    DEFAULT_BETAS,
+    DEFAULT_LR,
+    LARGEST_DEFAULT_LR,
+    LONG_RUN_STEPS,
+    Activation,
+    Matryoshka,
+    TopK,
+    chooses_k,
+)
 from gnomon.specs.base import HookName, Spec, StoreId
 from gnomon.specs.evaluate import Evaluation
 from gnomon.specs.harvest import HarvestSpec
@@ -28,27 +37,35 @@ class Adam(Spec):
     """Adam with gradient clipping; the gradient is clipped after the alignment hook."""
 
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate for inputs of unit mean squared norm.
+    """Peak learning rate of the weights; it does not depend on the units of the inputs.
 
-    None = 7e-5 for "jumprelu", 5e-5 for "gated", 2e-4 / sqrt(d_sae / 2^14) for all others.
+    None = 7e-5 for "jumprelu", 5e-5 for "gated", 2e-4 / sqrt(d_sae / 2^14) for all others, in a run of 400,000 steps or
+    more. In a shorter one as many times more as sqrt(400,000 / steps), and at most 7e-3.
     """
     beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of the first moment; None = 0 for "jumprelu", .9 for all others."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the second moment."""
+    """Decay of the first moment; None = .9 for "gated", "relu" and "p_anneal", 0 for all others."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the second moment; None = .99 for "topk", "batchtopk" and "matryoshka", .999 for all others."""
     eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
     """Added to the root of the second moment."""
+    b_enc_rate: Annotated[float, Field(ge=0, le=1e6)] = 5.0
+    """Learning rate of b_enc in units of what it is added to, as a multiple of lr.
+
+    The unit is the root mean square of a component of the inputs about its mean. 0 keeps b_enc at 0.
+    """
+    b_dec_rate: Annotated[float, Field(ge=0, le=1e6)] = 0.03
+    """The same for b_dec, in units of a component of what is reconstructed; 0 keeps it where it begins."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; None = no clipping."""
 
 
 class Schedule(Spec):
-    """Linear warm-up, constant, linear decay to zero."""
+    """Linear warm-up, then constant, then linear decay to zero."""
 
     warmup_steps: Annotated[int, Field(ge=0, le=10**7)] | None = None
     """Steps of warm-up; None = 1,000, or a twentieth of a run shorter than 20,000 steps."""
-    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Share of the steps, at the end, over which the rate falls to zero."""
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the steps, at the end, over which the rate falls to zero; 1 = from the beginning on."""
 
 
 class Mesh(Spec):
@@ -130,8 +147,9 @@ class TrainSpec(Spec):
     shard_optimizer: bool = False
     """Divide Adam's moments over replicas: each keeps and moves its share of every shard's rows, and gets the others.
     Saves memory where mesh.dp > 1, and sends 4 (d_in + d_out) d_sae / mesh.features bytes more a step."""
-    normalize: Literal["mean_squared_norm", "none"] = "mean_squared_norm"
-    """Scale inputs to unit mean squared norm; folded back into the exported weights."""
+    normalize: Literal["centred", "mean_squared_norm", "none"] = "centred"
+    """What is done to inputs, and folded back into the exported weights: "centred" takes the mean of the store's rows
+    from them and scales what is left to unit mean squared norm; "mean_squared_norm" scales them as they are."""
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
     """Initial decoder bias, from a first sample of the activations."""
     dead_after_tokens: Annotated[int, Field(ge=1, le=10**12)] | None = None
@@ -242,13 +260,20 @@ class TrainSpec(Spec):
         """Peak learning rate, with the default resolved."""
         if self.optimizer.lr is not None:
             return self.optimizer.lr
-        return DEFAULT_LR.get(self.activation.kind, 2e-4 / math.sqrt(d_sae / 2**14))
+        long_run = DEFAULT_LR.get(self.activation.kind, 2e-4 / math.sqrt(d_sae / 2**14))
+        return max(long_run, min(LARGEST_DEFAULT_LR, long_run * math.sqrt(LONG_RUN_STEPS / self.n_steps)))
 
     @property
     def beta1(self) -> float:
         """Decay of Adam's first moment, with the default resolved."""
         given = self.optimizer.beta1
-        return given if given is not None else DEFAULT_BETA1.get(self.activation.kind, 0.9)
+        return given if given is not None else DEFAULT_BETAS[self.activation.kind][0]
+
+    @property
+    def beta2(self) -> float:
+        """Decay of Adam's second moment, with the default resolved."""
+        given = self.optimizer.beta2
+        return given if given is not None else DEFAULT_BETAS[self.activation.kind][1]
 
 
 def _spec_of_variant(spec: TrainSpec, variant: TrainVariant) -> TrainSpec:

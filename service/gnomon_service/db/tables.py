@@ -40,6 +40,8 @@ LEGAL_TRANSITIONS: tuple[tuple[str, str], ...] = (
     ("running", "succeeded"),
     ("running", "failed"),
     ("running", "cancelled"),
+    ("failed", "queued"),  # resumed
+    ("cancelled", "queued"),
 )
 """Every change of a job's state that the database lets pass; copied into the table of the same name."""
 
@@ -65,6 +67,7 @@ jobs = Table(
     Column("made_for", String(40)),  # the job that this harvest was made for, if nobody asked for it by itself
     Column("attempt", Integer, nullable=False, default=0),
     Column("max_attempts", Integer, nullable=False),
+    Column("n_losses", Integer, nullable=False, server_default="0"),  # in a row, since anything was committed
     Column("not_before", Float, nullable=False, default=0.0),
     Column("deadline_at", Float),
     Column("cancel_requested", Boolean, nullable=False, default=False),

@@ -83,7 +83,7 @@ class Dispatcher:
         self._turned_at = self.clock()
         is_reachable = self._observe()
         self.leases.sweep_deadlines()
-        for held in self.leases.adopt(self.owner):
+        for held in self.leases.adopt(self.owner, list(self._runs)):
             logger.info("job adopted", extra={"job_id": held.lease.job_id, "attempt": held.lease.attempt})
             self._hold(held)
         wishes = self.leases.wishes(self.owner)
@@ -140,21 +140,18 @@ class Dispatcher:
         except Unavailable:
             raise
         except GnomonError as error:
-            logger.warning("job failed", extra={**job, "code": error.code})
-            self._end(run, partial(self.leases.fail, run.lease, code=error.code, message=error.message))
+            self._fail(run, code=error.code, message=error.message)
         except Exception as error:  # the outermost frame of an attempt: one job must not stop the others
             logger.exception("attempt lost", extra=job)
-            message = f"{type(error).__name__}: {error}"
-            self._end(run, partial(self.leases.lose, run.lease, message))
+            self._lose(run, f"{type(error).__name__}: {error}")
 
     def _advance(self, run: _Run, wish: Wish) -> None:
         if wish.deadline_passed:
-            message = "the deadline passed before the job was done"
-            self._end(run, partial(self.leases.fail, run.lease, code="deadline_exceeded", message=message))
+            self._fail(run, code="deadline_exceeded", message="the deadline passed before the job was done")
             return
         if not run.is_started:
             if wish.cancel_requested:
-                self._end(run, partial(self.leases.cancelled, run.lease))
+                self._end(run, "cancelled", partial(self.leases.cancelled, run.lease))
                 return
             self._start(run)
         self._watch(run, wish)
@@ -168,7 +165,7 @@ class Dispatcher:
     def _watch(self, run: _Run, wish: Wish) -> None:
         poll = self.cluster.poll(run.lease.job_id, run.lease.attempt, run.last_seq)
         if poll is None:
-            self._end(run, partial(self.leases.lose, run.lease, "the cluster no longer knows the attempt"))
+            self._lose(run, "the cluster no longer knows the attempt")
             return
         if poll.reports:
             reports = [(report.seq, report.kind, report.data) for report in poll.reports]
@@ -185,31 +182,38 @@ class Dispatcher:
             run.cancelled_at = self.clock()
         elif self.clock() - run.cancelled_at >= self.settings.cancel_grace_s:
             self.cluster.kill(run.lease.job_id, run.lease.attempt)
-            self._end(run, partial(self.leases.cancelled, run.lease))
+            self._end(run, "cancelled", partial(self.leases.cancelled, run.lease))
 
     def _settle(self, run: _Run, outcome: Outcome, *, is_cancelled: bool) -> None:
         message = outcome.message or "no reason was given"
         match outcome.status:
             case "succeeded":
-                self._end(run, partial(self.leases.succeed, run.lease, outcome.result))
+                self._end(run, "succeeded", partial(self.leases.succeed, run.lease, outcome.result))
             case "failed":
-                code = outcome.code or "job_failed"
-                self._end(run, partial(self.leases.fail, run.lease, code=code, message=message))
+                self._fail(run, code=outcome.code or "job_failed", message=message)
             case "cancelled" if is_cancelled:
-                self._end(run, partial(self.leases.cancelled, run.lease))
+                self._end(run, "cancelled", partial(self.leases.cancelled, run.lease))
             case "lost" | "cancelled":
-                self._end(run, partial(self.leases.lose, run.lease, message))
+                self._lose(run, message)
             case _:
                 assert_never(outcome.status)
 
-    def _end(self, run: _Run, write: Callable[[], None]) -> None:
+    def _fail(self, run: _Run, *, code: str, message: str) -> None:
+        write = partial(self.leases.fail, run.lease, code=code, message=message)
+        self._end(run, f"failed ({code}): {message}", write)
+
+    def _lose(self, run: _Run, message: str) -> None:
+        self._end(run, f"lost: {message}", partial(self.leases.lose, run.lease, message))
+
+    def _end(self, run: _Run, how: str, write: Callable[[], None]) -> None:
         """Write how an attempt ended, then forget it; the next turn releases what it left behind."""
         try:
             write()
         except LeaseLost as error:
             self._let_go(run, error)
             return
-        logger.info("attempt ended", extra={"job_id": run.lease.job_id, "attempt": run.lease.attempt})
+        job = {"job_id": run.lease.job_id, "attempt": run.lease.attempt}
+        logger.info("attempt ended", extra={**job, "how": how})
         self._drop(run)
 
     def _let_go(self, run: _Run, error: LeaseLost) -> None:

@@ -92,6 +92,26 @@ def fail_store(connection: Connection, job: RowMapping) -> None:
     )
 
 
+def resume_store(connection: Connection, job: RowMapping) -> None:
+    """Note that a job which came to nothing harvests its store again; a sealed store stays sealed.
+
+    Raises Conflict, code "store_in_use", where another job makes the store by now.
+    """
+    store = lock_store(connection, job["project"], job["store_id"])
+    if store is None or store["state"] == "sealed":
+        return
+    if store["state"] == "harvesting" and store["job_id"] != job["id"]:
+        raise Conflict(
+            f"job {store['job_id']!r} harvests activation store {job['store_id']!r} by now; wait for it, then resume",
+            code="store_in_use",
+        )
+    connection.execute(
+        update(activation_stores)
+        .where(activation_stores.c.project == job["project"], activation_stores.c.id == job["store_id"])
+        .values(state="harvesting", job_id=job["id"])
+    )
+
+
 def delete_store(connection: Connection, project: str, store_id: str) -> None:
     """Delete a store's bytes, and mark its row failed, so that the same harvest makes it anew.
 

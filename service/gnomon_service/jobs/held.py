@@ -45,12 +45,12 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """Pauses between attempts: base_s * 2^(attempt - 1), at most cap_s, times a random 0.5 to 1."""
+    """Pauses between attempts: base_s * 2^(losses - 1), at most cap_s, times a random 0.5 to 1."""
 
     base_s: float = 1.0
     cap_s: float = 60.0
 
-    def delay_s(self, attempt: int) -> float:
-        """Pause after this attempt was lost."""
-        full = min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32))
+    def delay_s(self, n_losses: int) -> float:
+        """Pause after so many losses in a row."""
+        full = min(self.cap_s, self.base_s * 2.0 ** min(n_losses - 1, 32))
         return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 from gnomon.errors import LeaseLost
-from gnomon.events import Logged, Progressed
+from gnomon.events import CheckpointSaved, Logged, Progressed, SegmentCommitted
 from gnomon.resources import JobKind
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import attempts, job_dependencies, jobs
@@ -62,12 +62,15 @@ class Leases:
             connection.execute(insert(attempts).values(**values, state="live", started_at=database_now()))
             return _held(row, owner, last_report_seq=0)
 
-    def adopt(self, owner: str) -> list[HeldJob]:
-        """Take over every job whose lease has passed, with its attempt: the gang may well be alive."""
+    def adopt(self, owner: str, held: Collection[str] = ()) -> list[HeldJob]:
+        """Take over every job whose lease has passed, with its attempt: the gang may well be alive.
+
+        Also one of the owner's own that it does not hold: the answer to its claim was lost on the way.
+        """
         passed = (
             select(jobs.c.id)
             .where(jobs.c.state.in_(_HELD_STATES), jobs.c.lease_until < database_now())
-            .where(jobs.c.lease_owner != owner)
+            .where(or_(jobs.c.lease_owner != owner, jobs.c.id.not_in(held)))
             .with_for_update(skip_locked=True)
         )
         with self._database.write() as connection:
@@ -134,6 +137,8 @@ class Leases:
             if not fresh:
                 return stored
             values = self._lease_values(lease.owner) | _progress(fresh)
+            if any(map(_is_kept, fresh)):
+                values["n_losses"] = 0
             events = [(kind, data) for _, kind, data in fresh]
             add_events(connection, _fence(lease), events, **values)
             last = fresh[-1][0]
@@ -163,17 +168,21 @@ class Leases:
                 raise _lost(connection, lease)
 
     def lose(self, lease: Lease, message: str) -> None:
-        """Note an infrastructure loss: the job runs again after a pause, or fails after its last attempt."""
+        """Note an infrastructure loss: the job runs again after a pause, or fails.
+
+        It fails after max_attempts losses in a row, among which nothing was committed.
+        """
         with self._database.write() as connection:
             row = self._check(connection, lease)
+            n_losses = row["n_losses"] + 1
             if row["cancel_requested"]:
                 end(connection, _fence(lease), "cancelled", code="cancelled", message=BY_USER)
-            elif row["attempt"] >= row["max_attempts"]:
-                exhausted = f"all {row['max_attempts']} attempts were lost; the last one: {message}"
+            elif n_losses >= row["max_attempts"]:
+                exhausted = f"{n_losses} attempts in a row were lost and committed nothing; the last one: {message}"
                 end(connection, _fence(lease), "failed", code="attempts_exhausted", message=exhausted)
             else:
-                delay_s = self._retry.delay_s(lease.attempt)
-                requeue(connection, _fence(lease), message=message, delay_s=delay_s)
+                delay_s = self._retry.delay_s(n_losses)
+                requeue(connection, _fence(lease), message=message, delay_s=delay_s, n_losses=n_losses)
 
     def sweep_deadlines(self) -> int:
         """Fail every waiting job whose deadline has passed; returns how many."""
@@ -271,6 +280,12 @@ def _attempt_of(lease: Lease) -> Select[Any]:
     return select(attempts.c.last_report_seq).where(
         attempts.c.job_id == lease.job_id, attempts.c.attempt == lease.attempt
     )
+
+
+def _is_kept(report: tuple[int, str, Mapping[str, Any]]) -> bool:
+    """Whether a report says that something was committed, which no later attempt does again."""
+    _, kind, data = report
+    return kind == CheckpointSaved.kind or (kind == SegmentCommitted.kind and not data.get("kept"))
 
 
 def _progress(reports: Sequence[tuple[int, str, Mapping[str, Any]]]) -> dict[str, Any]:

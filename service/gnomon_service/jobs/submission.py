@@ -1,4 +1,4 @@
-"""What users do to jobs: submit and cancel. What dispatchers do is in `leases`."""
+"""What users do to jobs: submit, cancel and resume. What dispatchers do is in `leases`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gnomon_service.db.reads import read_job
 from gnomon_service.db.tables import job_dependencies, job_events, jobs
 from gnomon_service.jobs.artifacts import begin_store, lock_store, result_of_sealed
 from gnomon_service.jobs.ids import make_id
-from gnomon_service.jobs.transitions import as_row, cancel, end
+from gnomon_service.jobs.transitions import as_row, cancel, end, resume
 from gnomon_storage.digests import combine
 from gnomon_storage.layout import ProjectLayout
 
@@ -84,6 +84,22 @@ class Queue:
         with self._database.write() as connection:
             read_job(connection, project, job_id)
             cancel(connection, (jobs.c.id == job_id) & (jobs.c.project == project))
+            return read_job(connection, project, job_id)
+
+    def resume(self, project: str, job_id: str) -> Job:
+        """Queue a job again that failed or was cancelled: it goes on from what it had committed.
+
+        A job that has not ended stays as it is. Raises NotFound; Conflict, code "job_succeeded", where there is
+        nothing left to do, or "store_in_use" where another job makes its activation store by now.
+        """
+        with self._database.write() as connection:
+            _take_turn(connection, self._database.dialect)
+            read_job(connection, project, job_id)
+            row = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).mappings().one()
+            if row["state"] == "succeeded":
+                raise Conflict(f"job {job_id!r} has succeeded; there is nothing left to do", code="job_succeeded")
+            if row["state"] in TERMINAL_STATES:
+                resume(connection, row)
             return read_job(connection, project, job_id)
 
     def _insert(self, connection: Connection, project: str, request: JobRequest, plan: Plan, **values: Any) -> str:

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, se
 from gnomon.events import TERMINAL_STATES, EventData, JobState, Logged, StateChanged, event_json
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import attempts, job_dependencies, job_events, jobs, legal_transitions
-from gnomon_service.jobs.artifacts import fail_store, keep_dictionaries, keep_store
+from gnomon_service.jobs.artifacts import fail_store, keep_dictionaries, keep_store, resume_store
 
 BY_USER = "cancelled by the user"
 
@@ -124,10 +124,13 @@ def end(
     return row
 
 
-def requeue(connection: Connection, where: ColumnElement[bool], *, message: str, delay_s: float) -> RowMapping | None:
+def requeue(
+    connection: Connection, where: ColumnElement[bool], *, message: str, delay_s: float, n_losses: int
+) -> RowMapping | None:
     """Put the one job that matches back into the queue after an infrastructure loss."""
     data = {"code": "attempt_lost", "message": clean(message), "retry_in_s": round(delay_s, 3)}
-    row = move(connection, where, "queued", data=data, not_before=database_now() + delay_s, **_NO_LEASE)
+    not_before = database_now() + delay_s
+    row = move(connection, where, "queued", data=data, not_before=not_before, n_losses=n_losses, **_NO_LEASE)
     if row is not None:
         close_attempt(connection, row, "lost", code="attempt_lost", message=clean(message))
     return row
@@ -197,6 +200,35 @@ def cancel(connection: Connection, where: ColumnElement[bool]) -> None:
         return
     busy = jobs.c.state.in_(("scheduled", "running")) & ~jobs.c.cancel_requested
     add_events(connection, where & busy, [as_row(Logged(message="cancel requested"))], cancel_requested=True)
+
+
+def resume(connection: Connection, row: RowMapping) -> None:
+    """Put a job that failed or was cancelled back into the queue, and what it needs of other jobs before it.
+
+    It goes on from what it had committed; its deadline begins anew. Raises Conflict where another job makes its store.
+    """
+    needed = select(job_dependencies.c.depends_on).where(job_dependencies.c.job_id == row["id"])
+    statement = select(jobs).where(jobs.c.id.in_(needed), jobs.c.state.in_(("failed", "cancelled"))).order_by(jobs.c.id)
+    for other in connection.execute(statement.with_for_update()).mappings().all():
+        resume(connection, other)
+    if row["kind"] == "harvest":
+        resume_store(connection, row)
+    deadline_at = None
+    if row["deadline_at"] is not None:
+        deadline_at = database_now() + (row["deadline_at"] - row["created_at"])
+    move(
+        connection,
+        jobs.c.id == row["id"],
+        "queued",
+        data={"message": "resumed by the user"},
+        n_losses=0,
+        not_before=0.0,
+        deadline_at=deadline_at,
+        cancel_requested=False,
+        finished_at=None,
+        error_code=None,
+        error_message=None,
+    )
 
 
 def clean(value: Any) -> Any:

@@ -20,7 +20,6 @@ from rich.table import Table
 
 from gnomon.errors import CorruptArtifact, InvalidRequest
 from gnomon.specs import (
-    Adam,
     BatchTopK,
     Evaluation,
     HarvestSpec,
@@ -133,7 +132,6 @@ def make_spec(model: Path, text: Path, *, activation: str, n_steps: int) -> Trai
         activations=harvest,
         d_sae=4608,
         activation=BatchTopK(k=32) if activation == "batchtopk" else TopK(k=32),
-        optimizer=Adam(lr=3e-3),  # ten times the default: a run this short has no time for less
         token_budget=n_steps * BATCH_SIZE,
         batch_size=BATCH_SIZE,
         mesh=Mesh(dp=1, features=2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Path, Query, Request
 
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import MAX_PAGE
@@ -55,5 +55,7 @@ ServicesDep = Annotated[Services, Depends(_services)]
 Reader = Annotated[Principal, Depends(_reader)]
 Writer = Annotated[Principal, Depends(_writer)]
 Admin = Annotated[Principal, Depends(_admin)]
+Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""An id in a path: databases differ in what else they take (PostgreSQL no NUL), and no id has it."""
 Cursor = Annotated[str | None, Query(max_length=256, description="next_cursor of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items on the page at most.")]

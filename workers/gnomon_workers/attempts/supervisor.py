@@ -1,5 +1,8 @@
 """The supervisor: one detached Ray actor for each attempt, which runs the job and keeps what it has to say.
 
+Where a store is away or full the attempt waits, without its gang, and goes on from what it has committed: that costs no
+attempt, however long it lasts.
+
 It outlives the dispatcher that started it, owns every other actor of the attempt, and is the only one that the
 dispatcher talks to: a dispatcher that comes back finds it by name and goes on polling from the last report it stored.
 """
@@ -13,7 +16,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from gnomon.errors import InvalidRequest
+from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.events import Logged
 from gnomon.specs import EvaluateSpec, HarvestSpec, Spec, TrainSpec
 from gnomon.specs.base import explain, unread_fields
@@ -26,6 +29,9 @@ from gnomon_workers.train.job import run_train
 
 logger = logging.getLogger(__name__)
 
+FIRST_PAUSE_S: Final = 1.0
+LONGEST_PAUSE_S: Final = 120.0
+"""Pauses while a store is away double from the first to the longest; after something was committed they begin anew."""
 RUNNERS: Final[Mapping[str, tuple[type[Spec], Callable[[Assignment, Reporter], Mapping[str, Any]]]]] = {
     "harvest": (HarvestSpec, run_harvest),
     "train": (TrainSpec, run_train),
@@ -61,7 +67,7 @@ class Supervisor:
         kind, runner = RUNNERS[self._assignment.kind]
         try:
             self._check_spec(kind)
-            result = runner(self._assignment, self._reporter)
+            result = self._patiently(lambda: runner(self._assignment, self._reporter))
             self._outcome = Outcome(status="succeeded", result=dict(result))
         except Cancelled:
             self._outcome = Outcome(status="cancelled")
@@ -70,6 +76,24 @@ class Supervisor:
         except Exception as error:
             # The outermost loop of the attempt: whatever it is, the dispatcher must hear of it.
             self._outcome = self._ended_by(error)
+
+    def _patiently(self, run: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What the job gives, begun again after a pause as often as something that it needs is away."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            n_kept = self._reporter.n_kept
+            try:
+                return run()
+            except Exception as error:
+                why = own_fault(error)
+                if not isinstance(why, Unavailable):
+                    raise
+                if self._reporter.n_kept > n_kept:
+                    pause_s = FIRST_PAUSE_S
+                logger.warning("waiting", extra={"job_id": self._assignment.job_id, "reason": why.message})
+                self._reporter.waiting(why, retry_in_s=pause_s)
+            self._reporter.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _ended_by(self, error: Exception) -> Outcome:
         """The outcome of an attempt that an error ended; traces of what nobody meant to raise are logged."""
@@ -81,7 +105,7 @@ class Supervisor:
         if "trace" in fault.detail:
             logger.error("attempt failed", exc_info=error, extra={"job_id": self._assignment.job_id})
             self._reporter.report(Logged(level="error", message=str(fault.detail["trace"])))
-        return Outcome(status="lost" if fault.retryable else "failed", code=fault.code, message=fault.message)
+        return Outcome(status="failed", code=fault.code, message=fault.message)
 
     def _check_spec(self, kind: type[Spec]) -> None:
         """Raise InvalidRequest where the spec, of another release, cannot be read; say what of it has no effect."""

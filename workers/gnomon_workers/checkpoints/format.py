@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from safetensors import safe_open
 
-from gnomon.errors import CorruptArtifact, GnomonError, NotFound
+from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage.digests import fast_digest
 from gnomon_storage.location import Location
 
@@ -106,6 +106,17 @@ def _known(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
     return cls(**{name: value for name, value in raw.items() if name in names})
 
 
+def remove_unfinished(folder: Location, attempt: int) -> None:
+    """Delete what an earlier run of this very attempt left of a checkpoint that it could not commit.
+
+    The run's ranks are gone; a receipt of theirs would be taken for another gang's.
+    """
+    whole = {checkpoint.name for checkpoint in committed_checkpoints(folder)}
+    for match in filter(None, map(NAME.match, folder.list())):
+        if int(match[2]) == attempt and match[0] not in whole:
+            folder.child(match[0]).delete()
+
+
 def latest_common(folders: Sequence[Location]) -> tuple[tuple[Checkpoint, ...] | None, list[str]]:
     """Whole checkpoints of one step, of each folder one: of the last step of which all folders have one.
 
@@ -138,7 +149,7 @@ def _is_whole(folder: Location, checkpoint: Checkpoint, damaged: list[str]) -> b
     try:
         for shard in checkpoint.shards:
             _verify(folder.child(checkpoint.name, shard.file), shard)
-    except GnomonError as error:
+    except (CorruptArtifact, NotFound) as error:  # a store that is away says nothing of what it holds
         damaged.append(error.message)
         return False
     return True

@@ -76,19 +76,23 @@ def _copy_shard(
 ) -> None:
     """Copy a shard's features, with the scaling of inputs and outputs folded in.
 
-    Training has pre = w (s_in x - b_dec) + b_enc and x_hat = (f d + b_dec) / s_out. With features divided by c, the
-    output scale, raw weights are s_in w / c and c d / s_out: of one hook they are w and d, whatever its scale.
+    Training has pre = w (s_in (x - m_in) - b_dec) + b_enc and x_hat = m_out + (f d + b_dec) / s_out. With features
+    divided by c, the output scale, raw weights are s_in w / c and c d / s_out: of one hook they are w and d, whatever
+    its scale. The means go into b_dec; of a transcoder, whose encoder does not see b_dec, m_in goes into its biases.
     """
     c = plan.output_scale
     names = set(source.keys())
     rows = slice(shard.start, shard.stop)
     W_dec = source.get_tensor("W_dec").numpy()
     W_enc_rows = source.get_tensor("W_enc_rows").numpy() if "W_enc_rows" in names else W_dec
-    outputs = _by_column(plan.inputs if plan.target is None else (plan.target,))
+    written = plan.inputs if plan.target is None else (plan.target,)
+    outputs = _scales(written)
     tensors["W_dec"][rows] = W_dec * (c / outputs)
-    tensors["W_enc"][:, rows] = (W_enc_rows * (_by_column(plan.inputs) / c)).T
-    tensors["b_dec"][:] = source.get_tensor("b_dec").numpy() / outputs
-    b_enc = source.get_tensor("b_enc").numpy() / np.float32(c)
+    raw_W_enc = W_enc_rows * (_scales(plan.inputs) / c)
+    tensors["W_enc"][:, rows] = raw_W_enc.T
+    tensors["b_dec"][:] = _means(written) + source.get_tensor("b_dec").numpy() / outputs
+    shift = np.zeros(len(raw_W_enc)) if plan.target is None else raw_W_enc.astype(np.float64) @ _means(plan.inputs)
+    b_enc = source.get_tensor("b_enc").numpy() / np.float32(c) - shift
     match exported_kind(plan.spec.activation):
         case "gated":
             r_mag = source.get_tensor("r_mag").numpy()
@@ -96,7 +100,7 @@ def _copy_shard(
             tensors["W_enc"][:, rows] *= np.exp(-r_mag)
             tensors["r_mag"][rows] = r_mag
             tensors["b_mag"][rows] = b_enc
-            tensors["b_gate"][rows] = source.get_tensor("b_gate").numpy() / np.float32(c)
+            tensors["b_gate"][rows] = source.get_tensor("b_gate").numpy() / np.float32(c) - np.exp(-r_mag) * shift
         case "jumprelu":
             tensors["b_enc"][rows] = b_enc
             learned = "log_threshold" in names
@@ -106,9 +110,14 @@ def _copy_shard(
             tensors["b_enc"][rows] = b_enc
 
 
-def _by_column(hooks: Sequence[HookRows]) -> Array:
+def _scales(hooks: Sequence[HookRows]) -> Array:
     """The scale of every column of joined hooks, (width,) float32."""
     return np.concatenate([np.full(hook.width, hook.scale, dtype=np.float32) for hook in hooks])
+
+
+def _means(hooks: Sequence[HookRows]) -> Array:
+    """What is taken from every column of joined hooks, (width,) float64."""
+    return np.concatenate([np.asarray(hook.mean or (0.0,) * hook.width) for hook in hooks])
 
 
 def _create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:

@@ -91,10 +91,7 @@ def run_evaluation(
 
 
 def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums | None, PatchSums | None]:
-    with Gang.start(
-        EvaluateWorker,
-        task.n_workers,
-    ) as gang:
+    with Gang.start(EvaluateWorker, task.n_workers, reporter) as gang:
 
         def tick() -> None:
             reporter.check_cancelled()

@@ -142,7 +142,7 @@ def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Ha
     if first is None:
         return commits
     n_workers = count_workers(run.spec, progress.reporter)
-    with Gang.start(HarvestWorker, n_workers) as gang:
+    with Gang.start(HarvestWorker, n_workers, progress.reporter) as gang:
         task = run.task()
         gang.watch([member.prepare.remote(task) for member in gang.members], progress.reporter.check_cancelled)
         for commit in _drive(gang, chain([first], missing), progress):

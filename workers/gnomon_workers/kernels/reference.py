@@ -84,16 +84,18 @@ class ReferenceUpdate:
         optimizer = self._optimizer
         optimizer.n_steps.add_(1)
         n_steps = float(optimizer.n_steps)
+        beta1, beta2 = optimizer.betas
         given = {**gradients.vectors, "W_dec": gradients.decoder, "W_enc_rows": gradients.encoder}
         own = slice(optimizer.own.start, optimizer.own.stop)
         for name, whole in optimizer.params.items():
             rows = own if name in MATRICES else slice(None)
             parameter, gradient = whole[rows], given[name][rows] * clip_scale
-            first = optimizer.first[name].lerp_(gradient, 1 - optimizer.beta1)
-            second = optimizer.second[name].lerp_(gradient.square(), 1 - optimizer.config.beta2)
-            first_unbiased = first / (1 - optimizer.beta1**n_steps)
-            second_unbiased = second / (1 - optimizer.config.beta2**n_steps)
-            parameter.sub_(lr * first_unbiased / (second_unbiased.sqrt() + optimizer.config.eps))
+            first = optimizer.first[name].lerp_(gradient, 1 - beta1)
+            second = optimizer.second[name].lerp_(gradient.square(), 1 - beta2)
+            first_unbiased = first / (1 - beta1**n_steps)
+            second_unbiased = second / (1 - beta2**n_steps)
+            rate = lr * optimizer.rates.get(name, 1.0)
+            parameter.sub_(rate * first_unbiased / (second_unbiased.sqrt() + optimizer.eps))
         smallest = self._rule.retract(self._parameters.W_enc_rows[own], self._parameters.W_dec[own])
         if encoder_copy is not None:
             encoder_copy.copy_(self._parameters.W_enc_rows)

@@ -121,9 +121,9 @@ class TritonUpdate:
         adam = AdamStep(
             number=int(optimizer.n_steps),
             lr=lr,
-            beta1=optimizer.beta1,
-            beta2=optimizer.config.beta2,
-            eps=optimizer.config.eps,
+            beta1=optimizer.betas[0],
+            beta2=optimizer.betas[1],
+            eps=optimizer.eps,
         )
         decoder = self._rows("W_dec")
         return self._kernels.update(

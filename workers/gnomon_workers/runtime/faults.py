@@ -1,8 +1,9 @@
 """Whose fault an error is: the job's own, which every attempt would meet again, or a machine's or a service's.
 
-Only what says that a machine, a disk, a connection or a peer went is taken for a loss, after which the job runs again.
-All else (a model that cannot be run, text that a tokenizer rejects, a mistake in this code) would end the next attempt
-in the same way: it ends the job at once, with the place where it happened.
+A store that is away or full is waited for by the attempt itself: such an error is `Unavailable`. Only what says that a
+machine, a connection or a peer went is taken for a loss, after which the job runs again. All else (a model that cannot
+be run, text that a tokenizer rejects, a mistake in this code) would end the next attempt in the same way: it ends the
+job at once, with the place where it happened.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ from pathlib import Path
 from typing import Final
 
 from gnomon.errors import GnomonError
+from gnomon_storage.backends import store_failure
 
 _TRACE_CHARACTERS: Final = 8_000
 """Of the end of a trace, which says why."""
 
 
 def own_fault(error: Exception) -> GnomonError | None:
-    """The error that ends the job, with code, place and trace; None where another attempt may succeed."""
+    """The error that ends the job, with code, place and trace, or Unavailable, after which it waits and goes on.
+
+    None where another attempt may succeed.
+    """
     if isinstance(error, GnomonError):
         return error
+    failure = store_failure(error)
+    if failure is not None:
+        return failure
     if _may_pass(error):
         return None
     code = "out_of_memory" if _is_device_memory(error) else "internal"

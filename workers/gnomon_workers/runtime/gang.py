@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gnomon.errors import Unavailable
 from gnomon_workers.runtime.answers import value_of
 from gnomon_workers.runtime.devices import Devices, free_devices
-from gnomon_workers.runtime.reporting import WorkerLost
+from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 
-PLACEMENT_DEADLINE_S: Final = 120.0
-"""An unsatisfiable placement group waits for ever; after this it is an error."""
+NO_ROOM_S: Final = 5.0
+"""Without a place for this long, a gang says that it waits for room,"""
+SAY_EVERY_S: Final = 300.0
+"""and again as often as this."""
+DEATH_S: Final = 10.0
+"""Longest wait for the death of members that were killed."""
 STALL_S: Final = 20.0
 """A member that has not answered for this long is taken for dead: a stopped process is noticed by nothing else."""
 START_S: Final = 180.0
@@ -44,20 +50,13 @@ class Gang:
     _started: set[int] = field(default_factory=set)
 
     @classmethod
-    def start(cls, actor_class: Any, n_members: int, *, env: dict[str, str] | None = None) -> Self:
+    def start(cls, actor_class: Any, n_members: int, reporter: Reporter, *, env: dict[str, str] | None = None) -> Self:
         """Reserve resources and start the members, with their index as the only argument.
 
-        Raises WorkerLost when the cluster cannot place them within PLACEMENT_DEADLINE_S.
+        Waits for as long as the cluster has no room, and says so; raises Cancelled.
         """
         devices = Devices.of_cluster()
-        # all or none: two gangs that each held half of the devices would wait for each other for ever
-        group = placement_group([devices.of_member for _ in range(n_members)], strategy="PACK")
-        if not group.wait(PLACEMENT_DEADLINE_S):
-            remove_placement_group(group)
-            raise WorkerLost(
-                f"the cluster could not place {n_members} workers ({'a GPU' if devices.use_gpu else 'a core'} each) "
-                f"within {PLACEMENT_DEADLINE_S:.0f} s; it has {devices}, of which {free_devices()} are free"
-            )
+        group = _reserve(devices, n_members, reporter)
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
         members = [
             ray.remote(actor_class)
@@ -80,6 +79,11 @@ class Gang:
         for member in self.members:
             # a busy actor outlives its dropped handle
             ray.kill(member)
+        deadline = time.monotonic() + DEATH_S
+        for member in self.members:
+            # the next gang of this attempt writes the same paths
+            with suppress(RayError):
+                ray.get(member.beat.remote(), timeout=max(0.0, deadline - time.monotonic()))
         remove_placement_group(self.group)
 
     def watch(self, running: Sequence[Any], on_tick: Callable[[], None], *, every_s: float = 0.2) -> list[Any]:
@@ -120,6 +124,35 @@ class Gang:
                 self._started.add(index)
             elif now - sent > (STALL_S if index in self._started else START_S):
                 raise WorkerLost(f"worker {index} has not answered for {now - sent:.0f} s")
+
+
+def _reserve(devices: Devices, n_members: int, reporter: Reporter) -> PlacementGroup:
+    """Room for all members, as soon as there is."""
+    # all or none: two gangs that each held half of the devices would wait for each other for ever
+    group: PlacementGroup = placement_group([devices.of_member for _ in range(n_members)], strategy="PACK")
+    began = time.monotonic()
+    said_at = began - SAY_EVERY_S + NO_ROOM_S
+    try:
+        while not group.wait(1.0):
+            reporter.check_cancelled()
+            if time.monotonic() - said_at >= SAY_EVERY_S:
+                said_at = time.monotonic()
+                reporter.waiting(_no_room(devices, n_members))
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    if said_at >= began:
+        reporter.resume()
+    return group
+
+
+def _no_room(devices: Devices, n_members: int) -> Unavailable:
+    each = "a GPU" if devices.use_gpu else "a core"
+    return Unavailable(
+        f"the cluster has no room for {n_members} workers ({each} each); it has {devices}, of which {free_devices()} "
+        "are free",
+        code="no_room",
+    )
 
 
 class lost_as_such:  # noqa: N801 - used as a function

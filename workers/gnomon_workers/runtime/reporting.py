@@ -7,7 +7,16 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from gnomon.events import EventData, PhaseBegan, Progressed, event_json
+from gnomon.errors import GnomonError
+from gnomon.events import (
+    CheckpointSaved,
+    EventData,
+    Logged,
+    PhaseBegan,
+    Progressed,
+    SegmentCommitted,
+    event_json,
+)
 from gnomon_workers.runtime.protocol import Report
 
 _PROGRESS_SHARE: Final = 1 / 200
@@ -36,6 +45,12 @@ class Reporter:
         self._cancelled = threading.Event()
         self._phase = PhaseBegan(phase="")
         self._phase_began = self._progress_due = 0.0
+        self._n_kept = 0
+
+    @property
+    def n_kept(self) -> int:
+        """Reports of what another attempt need not do again: segments and checkpoints."""
+        return self._n_kept
 
     def report(self, told: EventData) -> None:
         """Add a report of what happened."""
@@ -47,6 +62,7 @@ class Reporter:
 
     def _add(self, kind: str, data: Mapping[str, Any]) -> None:
         with self._lock:
+            self._n_kept += kind == CheckpointSaved.kind or (kind == SegmentCommitted.kind and not data["kept"])
             self._reports.append(Report(seq=len(self._reports) + 1, kind=kind, data=data))
 
     def phase(self, name: str, *, total: int | None, unit: str, variant: str = "") -> None:
@@ -68,6 +84,22 @@ class Reporter:
         age_s = now - self._phase_began
         self._progress_due = now + min(max(age_s * _PROGRESS_SHARE, _PROGRESS_MIN_S), _PROGRESS_MAX_S)
         self.report(Progressed(**self._phase.known(), done=done, rate=rate))
+
+    def waiting(self, why: GnomonError, *, retry_in_s: float | None = None) -> None:
+        """Say that nothing can be done now, and why; what is done next is said by the next phase."""
+        again = "" if retry_in_s is None else f"; trying again in {retry_in_s:.0f} s"
+        self.report(Logged(level="warning", message=f"waiting ({why.code}): {why.message}{again}"))
+        self.report(Progressed(phase="waiting", done=0, code=why.code, message=why.message))
+
+    def resume(self) -> None:
+        """Say that the present phase, in which was waited, goes on."""
+        self.report(self._phase)
+        self.report(Progressed(**self._phase.known(), done=0))
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass; raises Cancelled as soon as the job is asked to stop."""
+        self._cancelled.wait(seconds)
+        self.check_cancelled()
 
     def after(self, seq: int) -> tuple[Report, ...]:
         """Reports with a number above seq, oldest first."""

@@ -13,7 +13,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gnomon.specs import Adam
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.fused_adam import fused_adam
 from gnomon_workers.sae.parameters import Parameters
@@ -26,29 +25,41 @@ MATRICES: Final = ("W_enc_rows", "W_dec")
 class AdamState:
     """Moments by the names of Parameters.tensors(), and the number of steps."""
 
-    config: Adam
-    beta1: float
+    eps: float
+    betas: tuple[float, float]
+    """Decays of the first and the second moment."""
     params: dict[str, Tensor]
     first: dict[str, Tensor]
     second: dict[str, Tensor]
     own: range
     """Features of the shard whose moments this replica keeps and whose rows it moves: all, unless replicas share."""
+    rates: Mapping[str, float]
+    """Learning rates of vectors, as multiples of that of the rows; 1 for those that are not named."""
     n_steps: Tensor
     """Steps made, a float32 scalar on the CPU, so that no kernel is waited for to know it."""
 
     @classmethod
-    def create(cls, config: Adam, parameters: Parameters, *, beta1: float, own: range | None = None) -> AdamState:
+    def create(
+        cls,
+        parameters: Parameters,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        rates: Mapping[str, float] | None = None,
+        own: range | None = None,
+    ) -> AdamState:
         """State of an optimizer that has made no step."""
         params = parameters.tensors()
         own = own if own is not None else range(parameters.n_local)
         moved = {name: p[own.start : own.stop] if name in MATRICES else p for name, p in params.items()}
         return cls(
-            config=config,
-            beta1=beta1,
+            eps=eps,
+            betas=betas,
             params=params,
             first={name: torch.zeros_like(p) for name, p in moved.items()},
             second={name: torch.zeros_like(p) for name, p in moved.items()},
             own=own,
+            rates=rates or {},
             n_steps=torch.zeros(()),
         )
 
@@ -61,13 +72,17 @@ class AdamState:
     def begin(self, vectors: Mapping[str, Tensor], *, lr: float, clip_scale: float) -> None:
         """Count a step, and move the vectors, which every replica moves whole, down their gradients * clip_scale."""
         self.n_steps.add_(1)
-        grads = [gradient * clip_scale for gradient in vectors.values()]
-        self.move([self.rows(name, 0, len(gradient)) for name, gradient in vectors.items()], grads, lr)
+        by_rate: dict[float, list[str]] = {}
+        for name in vectors:
+            by_rate.setdefault(self.rates.get(name, 1.0), []).append(name)
+        for rate, names in by_rate.items():
+            rows = [self.rows(name, 0, len(vectors[name])) for name in names]
+            self.move(rows, [vectors[name] * clip_scale for name in names], lr * rate)
 
     def move(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], grads: Sequence[Tensor], lr: float) -> None:
         """One step down the gradients for (parameter, first, second) triples; `begin` must have counted it."""
-        betas = {"beta1": self.beta1, "beta2": self.config.beta2}
-        fused_adam(rows, grads, self.n_steps, lr=lr, eps=self.config.eps, **betas)
+        beta1, beta2 = self.betas
+        fused_adam(rows, grads, self.n_steps, lr=lr, beta1=beta1, beta2=beta2, eps=self.eps)
 
 
 def owned_rows(n_local: int, replica: int, dp: int) -> range:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
+from gnomon.errors import InvalidRequest
 from gnomon.specs import AuxK, BatchTopK, Matryoshka, Mesh, TopK, TrainSpec, chooses_k
 from gnomon_workers.sae.variants import Setting
+
+_ROUNDING: Final = 1e-12
+"""Variance below this share of the mean squared norm is what float64 leaves of none at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +25,12 @@ class HookRows:
     name: str
     """Empty where the run does not care."""
     width: int
+    mean: tuple[float, ...] | None = None
+    """It is taken from them, (width,); folded back at export, as the scale is. None = nothing is."""
     scale: float = 1.0
-    """They are multiplied by this; folded back at export."""
+    """They are then multiplied by this."""
+    variance: float = 1.0
+    """Mean squared distance from their mean that they then have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +94,18 @@ class TrainPlan:
         return float((sum(hook.scale**-2 for hook in outputs) / len(outputs)) ** -0.5)
 
     @property
+    def bias_rates(self) -> dict[str, float]:
+        """What the learning rate of each bias is, as a multiple of that of the weights.
+
+        A step of Adam moves every parameter by about its rate, whatever it is a step of. Weights have a length of
+        their own, but biases have the units of what they are added to: a component of the inputs or of the outputs.
+        """
+        outputs = self.inputs if self.target is None else (self.target,)
+        projections = self.spec.optimizer.b_enc_rate * _component_rms(self.inputs)
+        reconstructions = self.spec.optimizer.b_dec_rate * _component_rms(outputs)
+        return {"b_enc": projections, "b_gate": projections, "b_dec": reconstructions}
+
+    @property
     def setting(self) -> Setting:
         """What variants need to know of the run."""
         return Setting(
@@ -124,14 +145,29 @@ class TrainPlan:
 
 def make_plan(spec: TrainSpec, *, d_in: int, mesh: Mesh, mean_squared_norm: float) -> TrainPlan:
     """Resolve a spec that trains on one hook against its store (d_in, mean squared norm) and its mesh."""
-    hook = make_hook(spec, "", d_in, mean_squared_norm)
+    hook = make_hook(spec, "", mean=(0.0,) * d_in, mean_squared_norm=mean_squared_norm)
     return make_joint_plan(spec, inputs=(hook,), target=None, mesh=mesh)
 
 
-def make_hook(spec: TrainSpec, name: str, width: int, mean_squared_norm: float) -> HookRows:
-    """A hook with the scale that the spec asks for."""
-    normalize = spec.normalize == "mean_squared_norm" and mean_squared_norm > 0
-    return HookRows(name=name, width=width, scale=mean_squared_norm**-0.5 if normalize else 1.0)
+def make_hook(spec: TrainSpec, name: str, *, mean: Sequence[float], mean_squared_norm: float) -> HookRows:
+    """A hook, of whose raw rows the mean and the mean squared norm are given, with what the spec makes of them.
+
+    Raises InvalidRequest where the rows are all the same: there is nothing to learn, and no scale to learn it at.
+    """
+    variance = mean_squared_norm - sum(value * value for value in mean)
+    if not variance > _ROUNDING * mean_squared_norm:
+        raise InvalidRequest(
+            f"the activations of hook {name!r} are all the same: nothing can be learnt from them; choose another hook",
+            code="constant_activations",
+        )
+    match spec.normalize:
+        case "centred":
+            return HookRows(name=name, width=len(mean), mean=tuple(mean), scale=variance**-0.5)
+        case "mean_squared_norm":
+            share = variance / mean_squared_norm
+            return HookRows(name=name, width=len(mean), scale=mean_squared_norm**-0.5, variance=share)
+        case "none":
+            return HookRows(name=name, width=len(mean), variance=variance)
 
 
 def make_joint_plan(spec: TrainSpec, *, inputs: Sequence[HookRows], target: HookRows | None, mesh: Mesh) -> TrainPlan:
@@ -140,12 +176,35 @@ def make_joint_plan(spec: TrainSpec, *, inputs: Sequence[HookRows], target: Hook
     return TrainPlan(spec=spec, inputs=tuple(inputs), target=target, d_sae=d_sae, mesh=mesh)
 
 
-def scale_of(hooks: Sequence[HookRows], like: Tensor) -> float | Tensor:
-    """What rows of joined hooks are multiplied by: a number where one will do, else (width,) like a given tensor."""
-    scales = {hook.scale for hook in hooks}
-    if len(scales) == 1:
-        return scales.pop()
-    return torch.cat([like.new_full((hook.width,), hook.scale) for hook in hooks])
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """What makes raw rows of joined hooks into what is trained on."""
+
+    mean: Tensor | None
+    """(width,)"""
+    scale: float | Tensor
+    """A number where one will do, else (width,)."""
+
+    @classmethod
+    def of(cls, hooks: Sequence[HookRows], like: Tensor) -> Normalisation:
+        """That of hooks, with tensors like the one given."""
+        mean = None
+        if any(hook.mean is not None for hook in hooks):
+            mean = torch.cat([like.new_tensor(hook.mean or (0.0,) * hook.width) for hook in hooks])
+        scales = {hook.scale for hook in hooks}
+        if len(scales) == 1:
+            return cls(mean, scales.pop())
+        return cls(mean, torch.cat([like.new_full((hook.width,), hook.scale) for hook in hooks]))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Raw rows (n, width) as they are trained on, in a new tensor."""
+        # the mean first: it may be many times what is left, which would be rounded away if both were scaled
+        return rows * self.scale if self.mean is None else (rows - self.mean).mul_(self.scale)
+
+
+def _component_rms(hooks: Sequence[HookRows]) -> float:
+    """Root mean square of a component of normalised rows about its mean."""
+    return math.sqrt(sum(hook.variance for hook in hooks) / sum(hook.width for hook in hooks))
 
 
 def choose_mesh(spec: TrainSpec, *, d_sae: int, n_ranks: int) -> Mesh:

@@ -150,6 +150,7 @@ def _write_provenance(local: Path, origin: _Origin, checkpoint: Checkpoint, metr
             "d_in": plan.d_in,
             "d_sae": plan.d_sae,
             "lr": plan.lr,
+            "betas": [plan.spec.beta1, plan.spec.beta2],
             "dead_after_tokens": plan.spec.dead_window,
             "n_steps": plan.spec.n_steps,
             "warmup_steps": plan.spec.warmup_steps,

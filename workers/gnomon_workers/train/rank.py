@@ -6,12 +6,15 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from gnomon.events import EventData
 from gnomon_storage.activations import ActivationStore
@@ -24,7 +27,7 @@ from gnomon_workers.runtime.protocol import Report
 from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.sae.init import initial_b_dec
 from gnomon_workers.sae.parameters import make_parameters
-from gnomon_workers.sae.plan import TrainPlan, scale_of
+from gnomon_workers.sae.plan import Normalisation, TrainPlan
 from gnomon_workers.sae.variants import make_variant
 from gnomon_workers.train.loop import Observer, train
 from gnomon_workers.train.profile import StepProfile
@@ -35,6 +38,8 @@ from gnomon_workers.train.step import TrainStep
 
 COLLECTIVE_TIMEOUT_S: Final = 60.0
 """The default of 30 minutes would hide a stopped rank for as long."""
+MEETING_TIMEOUT_S: Final = 300.0
+"""Longest wait for the others to come: longer than the start of a process may take."""
 FIRST_SAMPLE: Final = 65_536
 """Activations that b_dec is initialised from, at most."""
 FIRST_SAMPLE_BYTES: Final = 128 << 20
@@ -81,11 +86,12 @@ class TrainRank:
         failpoints.failpoint(Failpoint.RUN_START)
         plan = run.plan
         device = own_device()
-        mesh = join_mesh(plan, rank=self._rank, address=address, device=device)
+        meeting = Meeting.at(address, rank=self._rank, n_ranks=plan.n_ranks)
+        mesh = join_mesh(plan, meeting, device=device)
         store = ActivationStore.open(run.store)
         store.verify(part=self._rank, n_parts=mesh.size("world"))
-        mesh.barrier()  # nobody trains on a store of which another found a part damaged
-        self._beat()
+        # nobody trains on a store of which another found a part damaged; disks differ, so no collective waits for it
+        meeting.wait_for_all("verified", self._beat)
         with JointReader(store, run.hook_names, seed=plan.data_seed, batch_size=plan.spec.batch_size) as reader:
             sample = reader.first_sample(n_first_samples(plan))
             steps = [self._make_step(training, mesh, sample, device) for training in run.trainings]
@@ -119,19 +125,55 @@ class TrainRank:
         self._progressed = time.monotonic()
 
 
-def join_mesh(plan: TrainPlan, *, rank: int, address: str, device: torch.device) -> ProcessMesh:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Where the ranks of a gang find each other."""
+
+    rank: int
+    n_ranks: int
+    store: Store | None
+    """None for a single rank."""
+
+    @classmethod
+    def at(cls, address: str, *, rank: int, n_ranks: int) -> Meeting:
+        """Meet at host:port, where rank 0 listens on the interface of that host alone."""
+        if n_ranks == 1:
+            return cls(rank=rank, n_ranks=1, store=None)
+        host, _, port = address.rpartition(":")
+        if host.startswith("127."):
+            # gloo would else look the host name up, and may find another interface
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # by itself the store would listen on all interfaces, and whoever reaches it may write there
+        listener = socket.create_server((host, int(port))).detach() if rank == 0 else None
+        store = TCPStore(
+            host,
+            int(port),
+            n_ranks,
+            rank == 0,
+            timedelta(seconds=MEETING_TIMEOUT_S),
+            wait_for_workers=False,
+            master_listen_fd=listener,
+        )
+        return cls(rank=rank, n_ranks=n_ranks, store=store)
+
+    def wait_for_all(self, what: str, beat: Callable[[], None]) -> None:
+        """Wait until every rank has said so, however long it takes; a rank that dies meanwhile ends the gang."""
+        if self.store is not None:
+            self.store.add(what, 1)
+            while self.store.add(what, 0) < self.n_ranks:
+                time.sleep(0.05)
+                beat()
+
+
+def join_mesh(plan: TrainPlan, meeting: Meeting, *, device: torch.device) -> ProcessMesh:
     """Join the process group of a gang: gloo on CPU, NCCL on GPU; a single rank needs none."""
-    world = plan.n_ranks
-    if world == 1:
+    if meeting.store is None:
         return ProcessMesh.single()
-    if address.startswith("127."):
-        # gloo would else look the host name up, and may find another interface
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=world,
+        store=meeting.store,
+        rank=meeting.rank,
+        world_size=meeting.n_ranks,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
     return ProcessMesh.create(dp=plan.mesh.dp, features=plan.mesh.features, timeout_s=COLLECTIVE_TIMEOUT_S)
@@ -149,7 +191,7 @@ def make_step(
     """A step at its beginning; sample is (n, d_in) raw activations, the same on every rank."""
     start, stop = mesh.feature_range(plan.d_sae)
     rows = torch.from_numpy(sample)
-    targets = (rows * scale_of(plan.hooks, rows))[:, -plan.d_out :]
+    targets = Normalisation.of(plan.hooks, rows)(rows)[:, -plan.d_out :]
     b_dec = initial_b_dec(targets, plan.spec.b_dec_init).to(device)
     parameters = make_parameters(
         seed=plan.spec.seed,

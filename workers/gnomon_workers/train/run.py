@@ -125,7 +125,7 @@ def hooks_of(spec: TrainSpec, store: ActivationStore) -> tuple[tuple[HookRows, .
     def hook(name: str) -> HookRows:
         if name not in known:
             raise InvalidRequest(f"the store has no hook {name!r}; it has {', '.join(known)}", code="unknown_hook")
-        return make_hook(spec, name, known[name].d_in, known[name].mean_squared_norm)
+        return make_hook(spec, name, mean=known[name].mean, mean_squared_norm=known[name].mean_squared_norm)
 
     names = spec.hook_names or (spec.hook_name or next(iter(known)),)
     target = spec.target_hook_name

@@ -20,7 +20,7 @@ from gnomon_workers.sae.encoder import Encoder, PreActivations, choose_encoder_d
 from gnomon_workers.sae.gradient import SparseGradient
 from gnomon_workers.sae.optimizer import AdamState, learning_rate, owned_rows, share_rows
 from gnomon_workers.sae.parameters import Parameters
-from gnomon_workers.sae.plan import TrainPlan, scale_of
+from gnomon_workers.sae.plan import Normalisation, TrainPlan
 from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.sparse import FeatureSegments, Picks, segment_sums, sort_by_feature
 from gnomon_workers.sae.variants import Batch, make_variant
@@ -61,11 +61,17 @@ class TrainStep:
         self.mesh = mesh
         mesh.clock.on_gpu = parameters.W_dec.is_cuda
         self.variant = make_variant(plan.spec.activation, plan.setting)
-        self.optimizer = AdamState.create(plan.spec.optimizer, parameters, beta1=plan.spec.beta1, own=self._own_rows())
+        self.optimizer = AdamState.create(
+            parameters,
+            betas=(plan.spec.beta1, plan.spec.beta2),
+            eps=plan.spec.optimizer.eps,
+            rates=plan.bias_rates,
+            own=self._own_rows(),
+        )
         self.n_tokens_since_fired = torch.zeros(parameters.n_local, dtype=torch.int64, device=parameters.W_dec.device)
         self.state = self.variant.initial_state()
         """Running numbers of the variant, kept in checkpoints; in float64, for they average thousands."""
-        self._scale = scale_of(plan.hooks, parameters.b_dec)
+        self._normalised = Normalisation.of(plan.hooks, parameters.b_dec)
         device = parameters.W_dec.device
         n_products = plan.spec.batch_size * plan.d_in * plan.d_sae
         choose = partial(choose_encoder_dtype, n_products=n_products, device=device, mesh=mesh)
@@ -119,14 +125,14 @@ class TrainStep:
 
     def _inputs_and_targets(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What is encoded and what is to be decoded; the same tensor, but for a transcoder."""
-        scaled = x * self._scale
+        rows = self._normalised(x)
         if self.plan.target is None:
-            # in place, for `scaled` is this step's own: x may be a buffer of the reader
-            inputs = scaled.sub_(self.parameters.b_dec)
+            # in place, for `rows` is this step's own: x may be a buffer of the reader
+            inputs = rows.sub_(self.parameters.b_dec)
             return inputs, inputs
         # b_dec belongs to the target's space, so the encoder sees the input as it is
         d_in = self.plan.d_in
-        return scaled[:, :d_in].contiguous(), scaled[:, d_in:] - self.parameters.b_dec
+        return rows[:, :d_in].contiguous(), rows[:, d_in:] - self.parameters.b_dec
 
     def _batch(self, step: int, encoder_inputs: Tensor, targets: Tensor) -> Batch:
         return Batch(

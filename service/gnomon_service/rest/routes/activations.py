@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from gnomon.resources import ActivationStoreRecord, Page
 from gnomon_service.db import reads
 from gnomon_service.jobs import artifacts as stores
-from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep, Writer
+from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep, Writer
 
 router = APIRouter(prefix="/v1/activations", tags=["activations"])
 
@@ -22,14 +22,14 @@ def list_stores(
 
 
 @router.get("/{store_id}")
-def read_store(store_id: str, principal: Reader, services: ServicesDep) -> ActivationStoreRecord:
+def read_store(store_id: Id, principal: Reader, services: ServicesDep) -> ActivationStoreRecord:
     """One activation store."""
     with services.database.read() as connection:
         return reads.read_store(connection, principal.project, store_id)
 
 
 @router.delete("/{store_id}", status_code=204)
-def delete_store(store_id: str, principal: Writer, services: ServicesDep) -> None:
+def delete_store(store_id: Id, principal: Writer, services: ServicesDep) -> None:
     """Delete a store's activations; the same harvest then makes them anew."""
     with services.database.write() as connection:
         stores.delete_store(connection, principal.project, store_id)

@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 from gnomon.errors import NotFound
 from gnomon.resources import DictionaryRecord, Page
 from gnomon_service.db import reads
-from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep
+from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep
 from gnomon_storage.location import Location
 
 router = APIRouter(prefix="/v1/dictionaries", tags=["dictionaries"])
@@ -28,14 +28,14 @@ def list_dictionaries(
 
 
 @router.get("/{dictionary_id}")
-def read_dictionary(dictionary_id: str, principal: Reader, services: ServicesDep) -> DictionaryRecord:
+def read_dictionary(dictionary_id: Id, principal: Reader, services: ServicesDep) -> DictionaryRecord:
     """One dictionary."""
     with services.database.read() as connection:
         return reads.read_dictionary(connection, principal.project, dictionary_id)
 
 
 @router.get("/{dictionary_id}/files/{name:path}", response_class=StreamingResponse)
-def read_file(dictionary_id: str, name: str, principal: Reader, services: ServicesDep) -> Response:
+def read_file(dictionary_id: Id, name: str, principal: Reader, services: ServicesDep) -> Response:
     """One file of a dictionary; only names that the dictionary lists."""
     with services.database.read() as connection:
         dictionary = reads.read_dictionary(connection, principal.project, dictionary_id)

@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, look, cancel, and follow."""
+"""/v1/jobs: submit, look, cancel, resume, and follow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gnomon.resources import Event, Job, JobKind, JobState, Page
 from gnomon.specs import JobRequest
 from gnomon_service.db import reads
 from gnomon_service.planning.admission import check_job
-from gnomon_service.rest.deps import Cursor, Limit, Reader, ServicesDep, Writer
+from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep, Writer
 from gnomon_service.rest.event_stream import EventStream
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -56,7 +56,7 @@ def list_jobs(
 
 @router.get("/{job_id}", response_model=Job)
 def read_job(
-    job_id: str,
+    job_id: Id,
     response: Response,
     principal: Reader,
     services: ServicesDep,
@@ -72,14 +72,20 @@ def read_job(
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, principal: Writer, services: ServicesDep) -> Job:
+def cancel_job(job_id: Id, principal: Writer, services: ServicesDep) -> Job:
     """Cancel a job; harmless if it has ended."""
     return services.queue.cancel(principal.project, job_id)
 
 
+@router.post("/{job_id}/resume")
+def resume_job(job_id: Id, principal: Writer, services: ServicesDep) -> Job:
+    """Queue a job again that failed or was cancelled; it goes on from its last checkpoint or segment."""
+    return services.queue.resume(principal.project, job_id)
+
+
 @router.get("/{job_id}/events", response_model=Page[Event])
 def list_events(
-    job_id: str,
+    job_id: Id,
     request: Request,
     principal: Reader,
     services: ServicesDep,

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 
 from gnomon.resources import ApiKey, NewApiKey, Page
 from gnomon.specs import Spec
-from gnomon_service.rest.deps import Admin, ServicesDep
+from gnomon_service.rest.deps import Admin, Id, ServicesDep
 from gnomon_service.tenancy.keys import Scope
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
@@ -42,6 +42,6 @@ def list_keys(principal: Admin, services: ServicesDep) -> Page[ApiKey]:
 
 
 @router.delete("/{key_id}", status_code=204)
-def revoke_key(key_id: str, principal: Admin, services: ServicesDep) -> None:
+def revoke_key(key_id: Id, principal: Admin, services: ServicesDep) -> None:
     """Revoke a key; it is refused from now on."""
     services.keys.revoke(principal.project, key_id)

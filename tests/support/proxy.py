@@ -1,0 +1,102 @@
+"""A way to a server that can be closed for a while: what is behind it is then away, or hangs."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Self
+from urllib.parse import urlsplit
+
+
+class Proxy:
+    """Passes bytes between 127.0.0.1 and a server; a context manager."""
+
+    def __init__(self, target: str) -> None:
+        """target is an http URL."""
+        parts = urlsplit(target)
+        self._target = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._listener = self._listen(0)
+        self._port: int = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._is_hanging = False
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where the server is reached through this."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Cut all connections, and refuse new ones."""
+        self._close()
+        try:
+            yield
+        finally:
+            self._listener = self._listen(self._port)
+            threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Accept connections, and never answer."""
+        self._is_hanging = True
+        try:
+            yield
+        finally:
+            self._is_hanging = False
+            self._cut()
+
+    def _listen(self, port: int) -> socket.socket:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(128)
+        return listener
+
+    def _close(self) -> None:
+        with suppress(OSError):  # wakes the thread that waits for a connection
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._cut()
+
+    def _cut(self) -> None:
+        with self._lock:
+            for end in self._open:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with suppress(OSError), client, socket.create_connection(self._target) as server:
+            with self._lock:
+                self._open |= {client, server}
+            back = threading.Thread(target=self._pass, args=(server, client), daemon=True)
+            back.start()
+            self._pass(client, server)
+            back.join()
+            with self._lock:
+                self._open -= {client, server}
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                while self._is_hanging:
+                    threading.Event().wait(0.05)
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
