@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import httpx2
 import pytest
 
 from gnomon_service.db.engine import Database
+from gnomon_service.rest.event_stream import EventStream
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_service.rest.routes import health
+from gnomon_service.tenancy.keys import Keys
 from gnomon_storage.location import Location
 from tests.support.service_api import Service, expect_problem, running_service
 from tests.support.service_jobs import DICTIONARY_RECORD, stored, train_spec
@@ -83,6 +86,29 @@ def test_revoked_keys_are_refused_at_once(service: Service) -> None:
     listed = {item["id"]: item for item in service.client().get("/v1/keys").json()["items"]}
     assert listed[key["id"]]["revoked_at"] is not None
     assert "key" not in listed[key["id"]]
+
+
+def test_the_stream_of_a_revoked_key_ends(service: Service) -> None:
+    job = service.submit(service.harvest())
+    made = service.client().post("/v1/keys", json={"name": "laptop", "scopes": ["read"]}).json()
+    keys, ended = Keys(service.bench.database), threading.Event()
+    principal = keys.authenticate(made["key"])
+    is_allowed = partial(keys.is_valid, principal.key_id)
+    stream = EventStream(service.bench.database, "default", job.id, after=0, poll_s=0.01, is_allowed=is_allowed)
+
+    async def read() -> list[str]:
+        return [part async for part in stream._messages(stream._read())]
+
+    def follow() -> None:
+        assert any("queued" in part for part in asyncio.run(read()))
+        ended.set()
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    assert not ended.wait(0.5), "the job goes on, and so does the stream"
+    assert service.client().delete(f"/v1/keys/{made['id']}").status_code == 204
+    assert ended.wait(10)
+    follower.join()
 
 
 def test_keys_are_stored_as_hashes_only(service: Service) -> None:

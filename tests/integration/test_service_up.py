@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,12 @@ def up(tmp_path: Path) -> Iterator[Up]:
     started.process.kill()
     started.process.wait()
     sweep(started.marker, started.ray_folder)
+
+
+def test_no_other_user_of_the_machine_reaches_rays_files(up: Up) -> None:
+    """Ray opens its folder to everyone: logs to read, and files to replace."""
+    assert list(up.ray_folder.glob("r/session_*/logs"))
+    assert stat.S_IMODE(up.ray_folder.stat().st_mode) == 0o700
 
 
 def test_up_revives_its_children_and_stops_without_a_rest(up: Up) -> None:

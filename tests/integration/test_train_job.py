@@ -17,6 +17,7 @@ import pytest
 from gnomon.dictionary import load_folder
 from gnomon.errors import StoreUnavailable
 from gnomon.resources import TrainResult
+from gnomon_storage.location import Location
 from gnomon_workers.attempts import cluster as clusters
 from gnomon_workers.attempts.cluster import RayCluster
 from gnomon_workers.runtime import failpoints
@@ -384,6 +385,20 @@ def joint(root: Path, store_id: str, job_id: str, **fields: Any) -> Assignment:
     fields |= {"token_budget": 64 * 100, "evaluation": {"ce": False, "n_tokens": 1024}}
     task = assignment(root, job_id, activations={"kind": "store", "id": store_id}, **fields)
     return replace(task, store_id=store_id)
+
+
+def test_what_was_trained_is_published_where_it_cannot_be_evaluated(cluster: RayCluster, root: Path) -> None:
+    """The store's model is gone: nothing can be predicted, and every attempt would find that out anew."""
+    task = assignment(root, "job_no_model", token_budget=64 * 60, evaluation={"n_tokens": 512, "n_ce_tokens": 256})
+    ended, seen = follow(cluster, task)
+    assert ended.status == "succeeded", ended
+    metrics = ended.result["metrics"]
+    assert metrics["skipped"].startswith("the evaluation failed (") and "fvu" not in metrics
+    assert metrics["alignment"]["p50"] == pytest.approx(1, abs=1e-5)
+    errors = [report.data["message"] for report in seen if report.kind == "log" and report.data["level"] == "error"]
+    assert any(message.startswith("not evaluated (") for message in errors)
+    folder = Location.open(ended.result["records"][0]["location"])
+    assert {"gnomon.json", "cfg.json", "sae_weights.safetensors", "runner_cfg.json"} <= set(folder.list())
 
 
 def test_a_crosscoder_is_trained_evaluated_and_published(cluster: RayCluster, root: Path, two_hooks: str) -> None:

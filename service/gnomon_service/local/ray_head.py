@@ -22,7 +22,10 @@ class LocalRay:
     """How to start the head, and how to reach it."""
 
     folder: Path
-    """Ray's folder; short, because the paths of its sockets may have 107 bytes at most."""
+    """A private folder, for Ray's own and temporary files.
+
+    Short, because the paths of Ray's sockets may have 107 bytes at most.
+    """
     port: int = field(default_factory=free_port)
     token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
@@ -32,6 +35,11 @@ class LocalRay:
         folder = Path(tempfile.mkdtemp(prefix="gnomon-", dir=_short_folder()))
         (folder / "tmp").mkdir()
         return cls(folder=folder)
+
+    @property
+    def sessions(self) -> Path:
+        """Ray's folder, which it opens to every user of the machine; what lies around it keeps them out."""
+        return self.folder / "r"
 
     @property
     def address(self) -> str:
@@ -47,7 +55,7 @@ class LocalRay:
             # Ray turns 127.0.0.1 into the address of this host in its network unless it is told that there are
             # no other nodes.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_TMPDIR": str(self.folder),
+            "RAY_TMPDIR": str(self.sessions),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -68,7 +76,7 @@ class LocalRay:
     def argv(self, settings: Settings) -> list[str]:
         """The command that runs the head in the foreground."""
         argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        argv += [f"--node-ip-address={HOST}", f"--port={self.port}", f"--temp-dir={self.folder}"]
+        argv += [f"--node-ip-address={HOST}", f"--port={self.port}", f"--temp-dir={self.sessions}"]
         argv += ["--include-dashboard=false", "--disable-usage-stats"]
         argv.append(f"--dashboard-agent-listen-port={free_port()}")
         if find_spec("grpc") is not None:
@@ -87,4 +95,4 @@ def without_ray(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _short_folder() -> str:
     folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= 24 else "/tmp"  # noqa: S108 - mkdtemp makes it private
+    return folder if len(os.fsencode(folder)) <= 22 else "/tmp"  # noqa: S108 - mkdtemp makes it private

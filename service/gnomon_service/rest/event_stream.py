@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
@@ -22,8 +22,19 @@ _BATCH = 200
 class EventStream:
     """One client's place in one job's events."""
 
-    def __init__(self, database: Database, project: str, job_id: str, *, after: int, poll_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        project: str,
+        job_id: str,
+        *,
+        after: int,
+        poll_s: float,
+        is_allowed: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """is_allowed is asked at every look: a key may be revoked while its stream is open."""
         self._database = database
+        self._is_allowed = is_allowed
         self._project = project
         self._job_id = job_id
         self._after = after
@@ -56,5 +67,7 @@ class EventStream:
                 return  # the client comes back with Last-Event-ID
 
     def _read(self) -> tuple[list[Event], bool]:
+        if not self._is_allowed():
+            return [], True
         with self._database.read() as connection:
             return list_events(connection, self._project, self._job_id, after=self._after, limit=_BATCH)

@@ -104,6 +104,11 @@ class Keys:
             raise Unauthenticated(f"API key {row['id']!r} has expired; make a new one", code="expired_key")
         return Principal(key_id=row["id"], project=row["project"], scopes=frozenset(row["scopes"]))
 
+    def is_valid(self, key_id: str) -> bool:
+        """Whether a key that was right before still is: neither revoked nor expired."""
+        row = self._find(key_id)
+        return row is not None and row["revoked_at"] is None and not row["is_expired"]
+
     def _find(self, key_id: str) -> RowMapping | None:
         is_expired = case((api_keys.c.expires_at <= database_now(), True), else_=False).label("is_expired")
         with self._database.read() as connection:

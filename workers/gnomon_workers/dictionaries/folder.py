@@ -8,7 +8,7 @@ dictionaries/<id>/attempt-0002/
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +30,16 @@ def published(dictionary: Location) -> dict[str, Any] | None:
     return None
 
 
-def publish(folder: Location, local: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Upload a local folder, then its manifest; returns the record with location and files added."""
-    folder.upload(local)
+def publish(
+    folder: Location, local: Path, record: Mapping[str, Any], *, uploaded: Collection[str] = ()
+) -> dict[str, Any]:
+    """Upload a local folder, then its manifest; returns the record with location and files added.
+
+    What is named as uploaded was uploaded before, and stays what it is.
+    """
     files = {file.name: file for file in sorted(local.iterdir())}
+    for name in sorted(set(files) - set(uploaded)):
+        folder.child(name).upload(files[name])
     whole = {
         **record,
         "location": folder.url,

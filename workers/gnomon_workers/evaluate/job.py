@@ -36,7 +36,7 @@ class Measured:
     metrics: DictionaryMetrics
     firing_frequency: np.ndarray[tuple[int], np.dtype[np.float64]] | None
     """(d_sae,) on held-out activations; None where there are none."""
-    tokens_per_s: float
+    tokens_per_s: float | None
 
 
 def run_evaluate(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:

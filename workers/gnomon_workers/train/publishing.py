@@ -14,18 +14,23 @@ from typing import Any, Final
 import torch
 
 from gnomon.dictionary import load_folder
+from gnomon.errors import Unavailable
+from gnomon.events import Logged
 from gnomon.metrics import DictionaryMetrics
+from gnomon.specs import Evaluation
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.digests import combine
 from gnomon_storage.layout import attempt_name
+from gnomon_storage.location import Location
 from gnomon_storage.manifest import Manifest
 from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.dictionaries.folder import publish
 from gnomon_workers.dictionaries.saelens import saelens_config, write_sparsity
 from gnomon_workers.dictionaries.weights import WEIGHTS, write_weights
-from gnomon_workers.evaluate.job import run_evaluation
+from gnomon_workers.evaluate.job import Measured, run_evaluation
 from gnomon_workers.evaluate.metrics import alignment_of
-from gnomon_workers.runtime.reporting import Reporter
+from gnomon_workers.runtime.faults import own_fault
+from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.train.run import Training, TrainRun
 
@@ -52,7 +57,8 @@ def export(
 ) -> dict[str, Any]:
     """Publish the dictionary of a finished training; returns its record.
 
-    The weights are uploaded first, so that the evaluation reads what users will read; the manifest comes last.
+    The weights are uploaded first and once, so that what is evaluated is what users will read; the manifest comes last.
+    An evaluation that cannot be made leaves its metrics out, with the reason: what was trained is published anyway.
     """
     plan = training.plan
     origin = _Origin(run, training, ActivationStore.open(run.store).manifest)
@@ -68,7 +74,7 @@ def export(
         rates: dict[str, float | None] = {"train": tokens_per_s}
         evaluation = plan.spec.evaluation
         if evaluation is not None:
-            measured = run_evaluation(run.assignment, reporter, folder, evaluation, variant=training.variant)
+            measured = _measure(run, training, reporter, folder, evaluation)
             rates["evaluate"] = measured.tokens_per_s
             if measured.firing_frequency is not None:
                 write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
@@ -78,7 +84,24 @@ def export(
         reporter.phase("export", total=None, unit="files", variant=training.variant)
         _write_config(local, origin, metrics)
         _write_provenance(local, origin, checkpoint, metrics)
-        return publish(folder, local, _record(plan, metrics))
+        return publish(folder, local, _record(plan, metrics), uploaded={WEIGHTS})
+
+
+def _measure(
+    run: TrainRun, training: Training, reporter: Reporter, folder: Location, evaluation: Evaluation
+) -> Measured:
+    """What an evaluation found; nothing but the reason where it failed by a fault that would come again."""
+    try:
+        return run_evaluation(run.assignment, reporter, folder, evaluation, variant=training.variant)
+    except (Cancelled, WorkerLost):
+        raise
+    except Exception as error:
+        fault = own_fault(error)
+        if fault is None or isinstance(fault, Unavailable):
+            raise
+        reporter.report(Logged(level="error", message=f"not evaluated ({fault.code}): {fault.message}"))
+        why = f"the evaluation failed ({fault.code}): {fault.message}"
+        return Measured(metrics=DictionaryMetrics(skipped=why), firing_frequency=None, tokens_per_s=None)
 
 
 def _record(plan: TrainPlan, metrics: DictionaryMetrics) -> dict[str, Any]:

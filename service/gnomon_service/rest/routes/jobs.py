@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -96,7 +97,14 @@ def list_events(
     project = principal.project
     if "text/event-stream" in request.headers.get("accept", ""):
         after = max(after, _last_event_id(request))
-        stream = EventStream(services.database, project, job_id, after=after, poll_s=services.settings.poll_s)
+        stream = EventStream(
+            services.database,
+            project,
+            job_id,
+            after=after,
+            poll_s=services.settings.poll_s,
+            is_allowed=partial(services.keys.is_valid, principal.key_id),
+        )
         return stream.response()
     with services.database.read() as connection:
         events, _ = reads.list_events(connection, project, job_id, after=after, limit=limit + 1)
