@@ -37,9 +37,13 @@ CONFIG_FILE = "cfg.json"
 
 
 class DictionaryConfig(BaseModel):
-    """cfg.json of a dictionary: what its weights mean."""
+    """cfg.json of a dictionary: what its weights mean.
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    Evaluation suites write into it what they need (SAEBench its model, layer and dtype): a name that is no field of it
+    is kept in the metadata, and read from there.
+    """
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), use_attribute_docstrings=True)
 
     architecture: Architecture
     """Which features are active: "topk", "jumprelu", "standard" (ReLU) or "gated"; of a "crosscoder", see activation.
@@ -70,6 +74,19 @@ class DictionaryConfig(BaseModel):
     """Active features per token ("topk" only)."""
     metadata: dict[str, Any] = {}
     """Where the dictionary comes from: model, hook, data, and how it was trained."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            super().__setattr__(name, value)
+        else:
+            self.metadata[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        """What was noted in the metadata; called for what is neither a field nor a property."""
+        metadata = self.__dict__.get("metadata", {})
+        if name in metadata:
+            return metadata[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}, and its metadata neither")
 
     @property
     def kind(self) -> Activation:
@@ -112,7 +129,10 @@ class DictionaryConfig(BaseModel):
 
     @property
     def hook_layer(self) -> int | None:
-        """Layer that the hook belongs to: the first number in its name."""
+        """Layer that the hook belongs to: as noted, else the first number in its name."""
+        noted = self.metadata.get("hook_layer")
+        if isinstance(noted, int):
+            return noted
         found = re.search(r"\.(\d+)(\.|$)", self.hook_name or self.hf_hook_name or "")
         return int(found[1]) if found else None
 

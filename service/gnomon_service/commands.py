@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(no_args_is_help=True, help="API keys, made on the host against the database.")
-db_app = typer.Typer(no_args_is_help=True, help="The database.")
+db_app = typer.Typer(no_args_is_help=True, help="The database, on its host.")
 app.add_typer(keys_app, name="keys")
 app.add_typer(db_app, name="db")
 
@@ -144,7 +144,7 @@ def create_key(
     database.close()
 
 
-@keys_app.command("list")
+@db_app.command("list-keys", epilog="For the host, with the API down; `gnomon keys list` asks the API.")
 def list_keys(project: Project = "default", home: Home = None) -> None:
     """List the API keys of a project, without their secrets."""
     from gnomon_service.tenancy.keys import Keys
@@ -155,7 +155,7 @@ def list_keys(project: Project = "default", home: Home = None) -> None:
     database.close()
 
 
-@keys_app.command("revoke")
+@db_app.command("revoke-key", epilog="For the host, with the API down; `gnomon keys revoke` asks the API.")
 def revoke_key(
     key_id: Annotated[str, typer.Argument(metavar="KEY", help="Id of a key.")],
     project: Project = "default",

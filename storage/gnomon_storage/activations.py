@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeAlias
 
@@ -81,15 +81,15 @@ class ActivationStore:
                 if found.get(name) != file.n_bytes:
                     raise _damaged(folder, name, f"has {found.get(name)} bytes, wanted {file.n_bytes}")
 
-    def verify(self, *, part: int = 0, n_parts: int = 1) -> None:
-        """Raise CorruptArtifact unless the bytes of every file are what was written.
+    def verify(self, *, part: int = 0, n_parts: int = 1, on_file: Callable[[], None] = lambda: None) -> None:
+        """Raise CorruptArtifact unless the bytes of every file are what was written; on_file is called after each.
 
         With n_parts > 1, part i of n reads only its share of the files; all parts together read each once.
         """
         files = list(self._files())[part::n_parts]
         with ThreadPoolExecutor(max_workers=2) as pool:
             for _ in pool.map(lambda item: _check_file(*item), files):
-                pass
+                on_file()
 
     def commit(self, segment: SegmentInfo) -> SegmentCommit:
         """The commit of a segment; raises CorruptArtifact where it is missing or not the one sealed."""

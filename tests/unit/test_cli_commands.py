@@ -13,8 +13,12 @@ from typing import Any
 import httpx2
 import pytest
 import stamina
+import typer.main
+from typer.core import TyperGroup
+from typer.testing import CliRunner
 
 from gnomon import cli
+from gnomon_service import commands
 from tests.support.sdk_server import (
     HARVEST,
     HARVEST_RESULT,
@@ -319,3 +323,26 @@ def test_sdk_commands_work_without_the_service(tmp_path: Path) -> None:
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert "submit" in done.stdout
+
+
+def test_no_command_of_the_host_is_hidden_behind_one_of_the_client() -> None:
+    """Both may be installed: a name that both have would be reachable in one of them alone."""
+    own, host = typer.main.get_group(cli.app).commands, typer.main.get_group(commands.app).commands
+    for name, command in host.items():
+        mine = own.get(name)
+        if isinstance(mine, TyperGroup) and isinstance(command, TyperGroup):
+            assert not set(mine.commands) & set(command.commands), name
+        else:
+            assert mine is None, name
+
+
+def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path) -> None:
+    def host(*words: str) -> str:
+        result = CliRunner().invoke(commands.app, [*words, "--home", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    key_id = host("keys", "create", "laptop").split("_")[1]
+    assert json.loads(host("db", "list-keys"))["revoked_at"] is None
+    assert host("db", "revoke-key", key_id) == f"{key_id} is revoked\n"
+    assert json.loads(host("db", "list-keys"))["revoked_at"] is not None

@@ -76,6 +76,18 @@ def test_attributes_that_saebench_reads(tmp_path: Path) -> None:
     torch.testing.assert_close(dictionary.alignment(), torch.ones(D_SAE))
 
 
+def test_attributes_that_saebench_writes(tmp_path: Path) -> None:
+    """Its standardisation sets names of its own on cfg, among them such as are read from the metadata here."""
+    dictionary = load_folder(make_folder(tmp_path / "d", "topk"))
+    noted = {"dtype": "bfloat16", "device": "cpu", "model_name": "pythia-70m", "hook_layer": 4, "hook_name": "x.4.y"}
+    for name, value in noted.items():
+        setattr(dictionary.cfg, name, value)
+    assert {name: getattr(dictionary.cfg, name) for name in noted} == noted
+    assert dictionary.cfg.d_sae == D_SAE
+    assert not hasattr(dictionary.cfg, "prepend")
+    assert not hasattr(load_folder(tmp_path / "d").cfg, "device"), "each has metadata of its own"
+
+
 def test_dtype_is_changed_on_request_and_inputs_follow(tmp_path: Path) -> None:
     dictionary = gnomon.load(make_folder(tmp_path / "d", "jumprelu"), dtype=torch.bfloat16)
     assert dictionary.dtype == torch.bfloat16

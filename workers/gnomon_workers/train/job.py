@@ -24,6 +24,8 @@ from gnomon_workers.train.publishing import export
 from gnomon_workers.train.rank import TrainRank
 from gnomon_workers.train.run import TrainRun, resolve
 
+SILENT_S: Final = 900.0
+"""A gang of which no rank has done anything for this long hangs, in a read that never ends, say: it is given up."""
 SALVAGE_S: Final = 1.0
 """Longest wait for the last words of a gang's rank 0."""
 
@@ -104,8 +106,15 @@ def _drive(gang: Gang, run: TrainRun, reporter: Reporter) -> None:
         address: str = ray.get(gang.members[0].address.remote())
     running = [member.run.remote(run, address) for member in gang.members]
     forward = _Forwarder(gang.members[0], reporter)
+
+    def tick() -> None:
+        forward()
+        quiet_s = min(map(float, gang.last_beats))
+        if quiet_s > SILENT_S:
+            raise WorkerLost(f"no rank has got on for {quiet_s:.0f} s")
+
     try:
-        gang.watch(running, forward)
+        gang.watch(running, tick)
     except WorkerLost:
         # if rank 0 lives, what it has said belongs to steps that may never be made again
         forward.salvage()

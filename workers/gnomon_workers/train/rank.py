@@ -89,7 +89,7 @@ class TrainRank:
         meeting = Meeting.at(address, rank=self._rank, n_ranks=plan.n_ranks)
         mesh = join_mesh(plan, meeting, device=device)
         store = ActivationStore.open(run.store)
-        store.verify(part=self._rank, n_parts=mesh.size("world"))
+        store.verify(part=self._rank, n_parts=mesh.size("world"), on_file=self._beat)
         # nobody trains on a store of which another found a part damaged; disks differ, so no collective waits for it
         meeting.wait_for_all("verified", self._beat)
         with JointReader(store, run.hook_names, seed=plan.data_seed, batch_size=plan.spec.batch_size) as reader:
