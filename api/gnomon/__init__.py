@@ -40,7 +40,15 @@ if TYPE_CHECKING:
         UnknownEvent,
     )
     from gnomon.loading import load
-    from gnomon.metrics import AlignmentMetrics, Costs, DensityHistogram, DictionaryMetrics, Histogram, StepMetrics
+    from gnomon.metrics import (
+        AlignmentMetrics,
+        Costs,
+        DensityHistogram,
+        DictionaryMetrics,
+        Histogram,
+        RowFvu,
+        StepMetrics,
+    )
     from gnomon.resources import (
         ActivationStoreRecord,
         ApiKey,
@@ -137,6 +145,7 @@ __all__ = [
     "Progressed",
     "ReLU",
     "RemoteDictionary",
+    "RowFvu",
     "Schedule",
     "SegmentCommitted",
     "StateChanged",

@@ -134,6 +134,17 @@ class AlignmentMetrics(Measured):
     histogram: Histogram
 
 
+class RowFvu(Measured):
+    """FVU of single activations, |x - x_hat|^2 / |x - mean|^2 with the mean of those trained on: its quantiles.
+
+    Where a few activations are hundreds of times as long as the others, the FVU of all is that of those few.
+    """
+
+    p10: float
+    median: float
+    p90: float
+
+
 class DictionaryMetrics(Measured):
     """What is known of a dictionary; everything but `dead_fraction` and `alignment` on held-out activations."""
 
@@ -169,6 +180,8 @@ class DictionaryMetrics(Measured):
     """Features by how often they fire."""
     fvu_by_hook: dict[str, float | None] | None = None
     """Of a crosscoder: the FVU of each hook."""
+    row_fvu: RowFvu | None = None
+    """FVU of single activations, to tell whether a few of them carry the variance."""
     n_predictions: int | None = None
     """Next-token predictions that cross-entropy and KL are means over."""
     ce_original: float | None = None

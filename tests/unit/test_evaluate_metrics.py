@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gnomon_workers.evaluate.job import warn_of_few_rows
 from gnomon_workers.evaluate.metrics import CoreSums, alignment_metrics, density_histogram, sarle_coefficient, total
+from gnomon_workers.runtime.reporting import Reporter
+
+MEAN = torch.tensor(3.0)
+"""Of the activations of `batch`."""
 
 
 def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,8 +25,8 @@ def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_sums_of_parts_give_the_metrics_of_the_whole() -> None:
     x, acts, hat = batch(1000)
-    whole = CoreSums.of(x, acts, hat).result(k=4)
-    parts = [CoreSums.of(x[i : i + 130], acts[i : i + 130], hat[i : i + 130]) for i in range(0, 1000, 130)]
+    whole = CoreSums.of(x, acts, hat, mean=MEAN).result(k=4)
+    parts = [CoreSums.of(x[i : i + 130], acts[i : i + 130], hat[i : i + 130], mean=MEAN) for i in range(0, 1000, 130)]
     summed = total([None, *parts]).result(k=4)
     assert summed.density_histogram == whole.density_histogram
     numbers = [{k: v for k, v in metrics.known().items() if isinstance(v, int | float)} for metrics in (summed, whole)]
@@ -31,7 +36,7 @@ def test_sums_of_parts_give_the_metrics_of_the_whole() -> None:
 
 def test_metrics_are_as_defined() -> None:
     x, acts, hat = batch(1000)
-    metrics = CoreSums.of(x, acts, hat).result(k=4)
+    metrics = CoreSums.of(x, acts, hat, mean=MEAN).result(k=4)
     assert metrics.fvu is not None and metrics.l0 is not None
     residual = (x - hat).double().square()
     assert metrics.fvu == pytest.approx(float(residual.sum() / (x - x.mean(0)).double().square().sum()), rel=1e-6)
@@ -45,12 +50,31 @@ def test_metrics_are_as_defined() -> None:
     assert metrics.l0_over_k == metrics.l0 / 4
 
 
+def test_a_few_long_rows_do_not_hide_how_the_others_are_reconstructed() -> None:
+    """1 % of the rows, 300 times as long and reconstructed well: they make up the FVU, and not its quantiles."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5000, 8, generator=generator)
+    hat = x + 0.4 * torch.randn(5000, 8, generator=generator)
+    x[::100] *= 300
+    hat[::100] = 0.99 * x[::100]
+    metrics = CoreSums.of(x, torch.zeros(5000, 4), hat, mean=torch.zeros(8)).result(k=4)
+    ratios = (x - hat).square().sum(1) / x.square().sum(1)
+    expected = torch.quantile(ratios, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    assert metrics.row_fvu is not None and metrics.fvu is not None
+    found = metrics.row_fvu
+    assert [found.p10, found.median, found.p90] == pytest.approx(expected, rel=0.03)
+    assert metrics.fvu < 0.001 < 0.1 < found.median
+    reporter = Reporter()
+    warn_of_few_rows(metrics, reporter)
+    assert "a few activations carry most of the variance" in reporter.after(0)[0].data["message"]
+
+
 def test_joined_hooks_have_an_fvu_each() -> None:
     x, acts, hat = batch(1000)
-    found = CoreSums.of(x, acts, hat).result(k=4, hooks={"a": 3, "b": 5}).fvu_by_hook
+    found = CoreSums.of(x, acts, hat, mean=MEAN).result(k=4, hooks={"a": 3, "b": 5}).fvu_by_hook
     assert found is not None
-    assert found["a"] == pytest.approx(CoreSums.of(x[:, :3], acts, hat[:, :3]).result(k=4).fvu, rel=1e-9)
-    assert found["b"] == pytest.approx(CoreSums.of(x[:, 3:], acts, hat[:, 3:]).result(k=4).fvu, rel=1e-9)
+    assert found["a"] == pytest.approx(CoreSums.of(x[:, :3], acts, hat[:, :3], mean=MEAN).result(k=4).fvu, rel=1e-9)
+    assert found["b"] == pytest.approx(CoreSums.of(x[:, 3:], acts, hat[:, 3:], mean=MEAN).result(k=4).fvu, rel=1e-9)
 
 
 def test_density_histogram_counts_every_feature_that_fires() -> None:
@@ -81,7 +105,7 @@ def test_sarle_tells_two_modes_from_one() -> None:
 
 def test_what_is_undefined_of_a_single_row_is_unknown() -> None:
     x = torch.ones(1, 4)
-    found = CoreSums.of(x, torch.zeros(1, 8), torch.zeros(1, 4)).result(k=4, hooks={"a": 2, "b": 2})
+    found = CoreSums.of(x, torch.zeros(1, 8), torch.zeros(1, 4), mean=MEAN).result(k=4, hooks={"a": 2, "b": 2})
     assert (found.fvu, found.explained_variance, found.relative_reconstruction_bias) == (None, None, None)
     assert found.fvu_by_hook == {"a": None, "b": None}
     assert (found.n_tokens, found.l0, found.n_never_fired) == (1, 0, 8)

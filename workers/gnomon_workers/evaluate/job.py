@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from gnomon.errors import NotFound
+from gnomon.events import Logged
 from gnomon.metrics import DictionaryMetrics
 from gnomon.resources import EvaluateResult
 from gnomon.specs import EvaluateSpec, Evaluation
@@ -25,6 +26,8 @@ from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Reporter
 
+_FEW_ROWS: Final = 3.0
+"""Median of single activations' FVU over that of all, from which on a few of them carry the variance."""
 N_CORES: Final = 4
 """Workers at most where there is no GPU: beyond that, loading the model costs more than it saves."""
 
@@ -83,11 +86,23 @@ def run_evaluation(
     metrics = DictionaryMetrics(skipped="the store has no held-out row: its text is shorter than two contexts")
     if core is not None:
         metrics = core.result(k=config.k, hooks=config.hooks)
+        warn_of_few_rows(metrics, reporter)
     return Measured(
         metrics=metrics.also(_ce_metrics(patch, evaluation, has_logits=has_logits)),
         firing_frequency=None if core is None else core.firing_frequency.cpu().numpy(),
         tokens_per_s=n_tokens / (time.monotonic() - began),
     )
+
+
+def warn_of_few_rows(metrics: DictionaryMetrics, reporter: Reporter) -> None:
+    """Say so where the FVU is that of a few activations."""
+    if metrics.row_fvu is None or metrics.fvu is None or metrics.row_fvu.median < _FEW_ROWS * metrics.fvu:
+        return
+    message = (
+        f"a few activations carry most of the variance: FVU is {metrics.fvu:.3g}, and that of the median activation "
+        f"{metrics.row_fvu.median:.3g}; they may be attention sinks, which the harvest's drop policy and BOS leave out"
+    )
+    reporter.report(Logged(level="warning", message=message))
 
 
 def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums | None, PatchSums | None]:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from gnomon.dictionary import Dictionary
-from gnomon.metrics import AlignmentMetrics, DensityHistogram, DictionaryMetrics, Histogram
+from gnomon.metrics import AlignmentMetrics, DensityHistogram, DictionaryMetrics, Histogram, RowFvu
 
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 _RARE = 1e-4
+_ROW_FVU = (-6.0, 3.0, 900)
+"""Bins of log10 of a row's FVU: first edge, last edge, number; one is 2.3 % wide."""
 _BLOCK = 4096
 """Features whose weights are looked at together."""
 
@@ -49,10 +51,12 @@ class CoreSums:
     l1: Tensor
     n_fired: Tensor
     """(d_sae,) int64: how often each feature fired."""
+    row_fvu: Tensor
+    """int64: rows by log10 of their own FVU, in bins of _ROW_FVU; a sum over rows, as quantiles are not."""
 
     @classmethod
-    def of(cls, x: Tensor, acts: Tensor, reconstruction: Tensor) -> Self:
-        """Sums over one batch: x and reconstruction (n, d_in), acts (n, d_sae)."""
+    def of(cls, x: Tensor, acts: Tensor, reconstruction: Tensor, *, mean: Tensor) -> Self:
+        """Sums over one batch: x and reconstruction (n, d_in), acts (n, d_sae); mean (d_in,) is that of all rows."""
         wide, hat = x.double(), reconstruction.double()
         dot = (wide * hat).sum(1)
         norm, norm_hat = wide.norm(dim=1), hat.norm(dim=1)
@@ -70,6 +74,7 @@ class CoreSums:
             n_active=fired.sum(),
             l1=acts.sum(dtype=torch.float64),
             n_fired=fired.sum(0),
+            row_fvu=_row_fvu(wide - hat, wide - mean.double()),
         )
 
     def __add__(self, other: Self) -> Self:
@@ -111,7 +116,29 @@ class CoreSums:
             density_histogram=density_histogram(self.firing_frequency),
             l0_over_k=l0 / k if k is not None else None,
             fvu_by_hook=fvu_by_hook,
+            row_fvu=_quantiles(self.row_fvu),
         )
+
+
+def _row_fvu(residual: Tensor, distance: Tensor) -> Tensor:
+    """Counts by log10 of |residual|^2 / |distance|^2, both (n, d_in); rows that are the mean are left out."""
+    whole = distance.square().sum(1)
+    shares = residual.square().sum(1)[whole > 0] / whole[whole > 0]
+    low, high, n_bins = _ROW_FVU
+    # what lies beyond the ends counts as at them
+    return torch.histc(shares.log10().clamp(low, high).cpu(), n_bins, low, high).long()
+
+
+def _quantiles(counts: Tensor) -> RowFvu | None:
+    """Quantiles of row FVU from its counts, by the middles of bins; None where there is no row."""
+    low, high, n_bins = _ROW_FVU
+    if not int(counts.sum()):
+        return None
+    below = counts.cumsum(0).double() / counts.sum()
+    middles = low + (high - low) / n_bins * (torch.arange(n_bins, dtype=torch.float64) + 0.5)
+    at = torch.searchsorted(below, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    p10, median, p90 = (10 ** middles[at]).tolist()
+    return RowFvu(p10=p10, median=median, p90=p90)
 
 
 def ratio(part: Tensor, whole: Tensor) -> float | None:

@@ -99,12 +99,14 @@ def core_sums(
     """Core sums over every n-th block of the held-out activations."""
     block = max(1, min(4096, _MAX_ELEMENTS // dictionary.W_enc.shape[1]))
     sums = None
+    means = [store.manifest.hooks[name].mean for name in task.hooks.written]
+    mean = torch.tensor([value for part in means for value in part], dtype=torch.float64, device=dictionary.device)
     for number, rows in enumerate(_blocks(store, block, task.evaluation.n_tokens)):
         if number % task.n_workers == index:
             x = rows(task.hooks.read).to(dictionary.device)
             target = x if task.hooks.written == task.hooks.read else rows(task.hooks.written).to(dictionary.device)
             acts = dictionary.encode(x)
-            part = CoreSums.of(target, acts, dictionary.decode(acts))
+            part = CoreSums.of(target, acts, dictionary.decode(acts), mean=mean)
             sums = part if sums is None else sums + part
             advance(len(x))
     return sums
