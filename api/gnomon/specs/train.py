@@ -55,8 +55,8 @@ class Adam(Spec):
     """
     b_dec_rate: Annotated[float, Field(ge=0, le=1e6)] = 0.03
     """The same for b_dec, in units of a component of what is reconstructed; 0 keeps it where it begins."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest global gradient norm; None = no clipping."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.2
+    """Largest global gradient norm, of the loss of normalised inputs; None = no clipping."""
 
 
 class Schedule(Spec):

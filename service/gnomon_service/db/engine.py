@@ -18,6 +18,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from gnomon.errors import Unavailable
 
 _MIGRATION_LOCK = 7_600_001
+_STATEMENT_TIMEOUT_MS = 60_000
+"""Of PostgreSQL, but for migrations."""
 
 
 class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function that it is
@@ -71,6 +73,7 @@ class Database:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         with self.write() as connection:
             if self.dialect == "postgresql":
+                connection.execute(text("SET LOCAL statement_timeout = 0"))  # a large table takes what it takes
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -100,7 +103,8 @@ def _make_engine(url: str, busy_timeout_s: float) -> Engine:
             pool_pre_ping=True,
             pool_size=10,
             max_overflow=20,
-            connect_args={"connect_timeout": 5},
+            # a statement that hangs would hold its thread, and the transaction its locks, for ever
+            connect_args={"connect_timeout": 5, "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS}"},
         )
     engine = create_engine(parsed, connect_args={"timeout": busy_timeout_s}, pool_size=10, max_overflow=20)
     event.listen(engine, "connect", _prepare_sqlite)

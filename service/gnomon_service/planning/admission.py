@@ -36,7 +36,7 @@ def check_job(request: JobRequest, project: str, database: Database, settings: S
     """The plan of a request; raises InvalidRequest, NotFound, Conflict or CorruptArtifact. Queues nothing."""
     match request.spec:
         case HarvestSpec() as spec:
-            return _check_harvest(spec, settings)[0]
+            return _check_harvest_alone(spec, project, database, settings)
         case TrainSpec() as spec:
             return _check_train(spec, project, database, settings)
         case EvaluateSpec() as spec:
@@ -58,6 +58,16 @@ def _check_harvest(spec: HarvestSpec, settings: Settings) -> tuple[Plan, dict[st
     )
     store_id = id_of_store(pinned, model.fingerprint, text)
     return Plan(spec=pinned, store_id=store_id), {hook: model.hooks.get(hook) for hook in spec.hooks}
+
+
+def _check_harvest_alone(spec: HarvestSpec, project: str, database: Database, settings: Settings) -> Plan:
+    """The plan of a harvest that may be done already: then its bytes must be there still."""
+    plan, _ = _check_harvest(spec, settings)
+    with database.read() as connection:
+        store = find_store(connection, project, plan.store_id)
+    if store is not None and store.state == "sealed":
+        _check_bytes(store)
+    return plan
 
 
 # ---------------------------------------------------------------------------------------------- train

@@ -54,6 +54,8 @@ class Checkpoint:
     max_alignment_deviation: float | None
     """None for a transcoder, whose score is undefined."""
     shards: tuple[Shard, ...]
+    dp: int = 0
+    """Replicas of the mesh that it was made on; 0 where an earlier release did not note it."""
 
     @property
     def name(self) -> str:

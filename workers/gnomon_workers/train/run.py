@@ -11,7 +11,7 @@ from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
-from gnomon_workers.checkpoints.format import Checkpoint
+from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, dictionary_ids
 from gnomon_workers.sae.plan import HookRows, TrainPlan, choose_mesh, make_hook, make_joint_plan
@@ -86,9 +86,10 @@ def resolve(assignment: Assignment) -> TrainRun:
     places = ProjectLayout.open(assignment.storage_root)
     store = places.store(assignment.store_id)
     inputs, target = hooks_of(spec, ActivationStore.open(store))
-    mesh = _mesh_of(spec, spec.resolve_d_sae(sum(hook.width for hook in inputs)))
-    assert assignment.dictionary_id is not None
     names, specs = spec.variant_names, spec.variant_specs()
+    d_sae = spec.resolve_d_sae(sum(hook.width for hook in inputs))
+    mesh = _mesh_of(spec, d_sae, places.checkpoints(assignment.job_id, names[0]))
+    assert assignment.dictionary_id is not None
     ids = dictionary_ids(assignment.dictionary_id, len(names))
     return TrainRun(
         assignment=assignment,
@@ -106,9 +107,16 @@ def resolve(assignment: Assignment) -> TrainRun:
     )
 
 
-def _mesh_of(spec: TrainSpec, d_sae: int) -> Mesh:
+def _mesh_of(spec: TrainSpec, d_sae: int, checkpoints: Location) -> Mesh:
+    """The mesh of a run; "auto" is chosen once, and then kept as long as the cluster can hold it.
+
+    Another mesh would go on from the same checkpoint, and not on the same bits.
+    """
     devices = Devices.of_cluster()
     mesh = choose_mesh(spec, d_sae=d_sae, n_ranks=devices.n_members)
+    before = next(committed_checkpoints(checkpoints), None) if spec.mesh == "auto" else None
+    if before is not None and 0 < before.dp * len(before.shards) <= devices.n_members:
+        return Mesh(dp=before.dp, features=len(before.shards))
     if mesh.dp * mesh.features > devices.n_members:
         raise InvalidRequest(
             f"mesh {mesh.dp} x {mesh.features} needs {mesh.dp * mesh.features} "

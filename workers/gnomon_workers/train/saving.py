@@ -117,6 +117,7 @@ class CheckpointWriter:
             state=dict(self._step.state),  # a copy: by the time of the commit, training is steps ahead
             max_alignment_deviation=deviation,
             shards=(),
+            dp=self._mesh.dp,
         )
         path = self._local / f"step-{number:08d}"
         with mapped_errors(str(path)), path.open("wb") as stream:
