@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 JobKind = Literal["harvest", "train", "evaluate"]
-StoreState = Literal["harvesting", "sealed", "failed"]
+StoreState = Literal["harvesting", "sealed", "failed", "deleting", "deleted"]
 
 
 class JobError(Document):

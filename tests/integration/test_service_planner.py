@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_storage.location import Location
 from gnomon_workers.runtime.protocol import ClusterSnapshot
 from tests.support.service_api import N_POSITIONS, Service, expect_problem, running_service
 from tests.support.service_jobs import STORE_RECORD
@@ -144,6 +147,33 @@ def test_a_damaged_store_is_deleted_and_harvested_again(service: Service) -> Non
     assert (in_use.status_code, in_use.json()["code"]) == (409, "store_in_use")
     absent = service.client().delete(f"/v1/activations/act_{'0' * 32}")
     assert (absent.status_code, absent.json()["code"]) == (404, "store_not_found")
+
+
+def test_a_store_that_is_being_deleted_holds_up_nobody_but_its_own_harvest(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_id = seal_real(service)
+    inline = service.harvest(hooks=["model.layers.0"])
+    begun, go_on = threading.Event(), threading.Event()
+    delete = Location.delete
+
+    def slowly(self: Location) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        delete(self)
+
+    monkeypatch.setattr(Location, "delete", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(service.client().delete, f"/v1/activations/{store_id}")
+        assert begun.wait(60)
+        assert service.client().get(f"/v1/activations/{store_id}").json()["state"] == "deleting"
+        refuse(service, inline, 409, "store_deleting")
+        service.submit(service.harvest(hooks=["model.layers.1"]))  # the database is free
+        go_on.set()
+        assert deleting.result(timeout=60).status_code == 204
+    deleted = service.client().get(f"/v1/activations/{store_id}").json()
+    assert (deleted["state"], deleted["n_rows"], deleted["n_bytes"]) == ("deleted", None, None)
+    assert service.submit(inline).state == "queued"
 
 
 def test_an_unknown_dictionary_cannot_be_evaluated(service: Service) -> None:

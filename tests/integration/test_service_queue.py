@@ -11,11 +11,12 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from gnomon.errors import Conflict, CorruptArtifact, NotFound
-from gnomon.specs import TrainVariant
+from gnomon.specs import EvaluateSpec, JobRequest, TrainVariant
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import LEGAL_TRANSITIONS, dictionaries, jobs, legal_transitions, metadata
+from gnomon_service.jobs.submission import Plan
 from gnomon_workers.runtime.protocol import dictionary_ids
-from tests.support.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, stored, train_spec
+from tests.support.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, store_id, stored, train_spec
 
 
 @pytest.fixture
@@ -138,6 +139,22 @@ def test_success_of_training_publishes_its_dictionary(bench: Bench) -> None:
         row = connection.execute(select(dictionaries)).one()
     assert (row.id, row.job_id, row.name, row.project) == (held.dictionary_id, job.id, "mine", PROJECT)
     assert bench.job(job.id).result == {"dictionary_id": held.dictionary_id}
+
+
+def test_what_is_measured_later_is_added_to_the_dictionary(bench: Bench) -> None:
+    bench.seal()
+    bench.submit(train_spec(activations=stored(), hook_name="model.layers.1"))
+    held = bench.claim()
+    assert held.dictionary_id is not None
+    bench.leases.succeed(held.lease, {"dictionary_id": held.dictionary_id, "records": [DICTIONARY_RECORD]})
+    bench.release()
+    request = JobRequest(spec=EvaluateSpec(dictionary=held.dictionary_id))
+    bench.queue.submit(PROJECT, request, Plan(spec=request.spec, store_id=store_id()))
+    measured = {"fvu": 0.1, "ce_loss_score": 0.98}
+    bench.leases.succeed(bench.claim().lease, {"dictionary_id": held.dictionary_id, "metrics": measured})
+    with bench.database.read() as connection:
+        metrics = connection.execute(select(dictionaries.c.metrics)).scalar_one()
+    assert metrics == {**DICTIONARY_RECORD["metrics"], **measured}
 
 
 def test_success_of_training_publishes_all_variants_or_none(bench: Bench) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from gnomon.dictionary import load_folder
-from gnomon.errors import StoreUnavailable
+from gnomon.errors import InvalidRequest, StoreUnavailable
 from gnomon.resources import TrainResult
 from gnomon.specs import Mesh
 from gnomon_storage.location import Location
@@ -388,6 +388,12 @@ def joint(root: Path, store_id: str, job_id: str, **fields: Any) -> Assignment:
     fields |= {"token_budget": 64 * 100, "evaluation": {"ce": False, "n_tokens": 1024}}
     task = assignment(root, job_id, activations={"kind": "store", "id": store_id}, **fields)
     return replace(task, store_id=store_id)
+
+
+def test_a_store_of_less_than_a_batch_is_refused(cluster: RayCluster, root: Path) -> None:
+    with pytest.raises(InvalidRequest, match="2048 rows to train on, less than one batch of 4096") as caught:
+        resolve(assignment(root, "job_few", batch_size=4096, token_budget=4096 * 10))
+    assert caught.value.code == "store_too_small"
 
 
 def test_a_mesh_of_auto_is_kept_by_later_attempts(

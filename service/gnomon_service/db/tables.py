@@ -127,7 +127,7 @@ activation_stores = Table(
     metadata,
     Column("project", String(64), primary_key=True),
     Column("id", String(40), primary_key=True),
-    Column("state", String(16), nullable=False),  # harvesting, sealed or failed
+    Column("state", String(16), nullable=False),  # as gnomon.resources.StoreState
     Column("job_id", ForeignKey("jobs.id"), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("n_rows", BigInteger),

@@ -98,6 +98,7 @@ def resume_store(connection: Connection, job: RowMapping) -> None:
     Raises Conflict, code "store_in_use", where another job makes the store by now.
     """
     store = lock_store(connection, job["project"], job["store_id"])
+    check_not_deleting(store)
     if store is None or store["state"] == "sealed":
         return
     if store["state"] == "harvesting" and store["job_id"] != job["id"]:
@@ -112,12 +113,11 @@ def resume_store(connection: Connection, job: RowMapping) -> None:
     )
 
 
-def delete_store(connection: Connection, project: str, store_id: str) -> None:
-    """Delete a store's bytes, and mark its row failed, so that the same harvest makes it anew.
+def begin_deletion(connection: Connection, project: str, store_id: str) -> Location:
+    """Note that a store's bytes are being deleted, and return where they lie; no harvest of it begins meanwhile.
 
-    The bytes go while the row is locked: no harvest of the same store can begin among them. Where this is cut off,
-    the row still says "sealed", the next user of the store finds it damaged, and deleting it again is right.
-    Raises NotFound, and Conflict, code "store_in_use", while a job that has not ended reads or makes it.
+    Where the deletion is cut off, the store stays in that state, and deleting it again is right. Raises NotFound, and
+    Conflict, code "store_in_use", while a job that has not ended reads or makes it.
     """
     store = lock_store(connection, project, store_id)
     if store is None:
@@ -131,11 +131,30 @@ def delete_store(connection: Connection, project: str, store_id: str) -> None:
             f"activation store {store_id!r} is in use by job {user!r}; wait for it, or cancel it",
             code="store_in_use",
         )
-    Location.open(store["location"]).delete()
+    _set_state(connection, project, store_id, state="deleting")
+    return Location.open(store["location"])
+
+
+def end_deletion(connection: Connection, project: str, store_id: str) -> None:
+    """Note that a store's bytes are gone: the same harvest makes it anew."""
+    _set_state(connection, project, store_id, state="deleted", n_rows=None, n_held_out_rows=None, n_bytes=None)
+
+
+def check_not_deleting(store: RowMapping | None) -> None:
+    """Raise Conflict, code "store_deleting", for a store whose bytes are on their way out."""
+    if store is not None and store["state"] == "deleting":
+        raise Conflict(
+            f"activation store {store['id']!r} is being deleted; try again when it is deleted, or delete it again if "
+            "that was cut off",
+            code="store_deleting",
+        )
+
+
+def _set_state(connection: Connection, project: str, store_id: str, **values: Any) -> None:
     connection.execute(
         update(activation_stores)
         .where(activation_stores.c.project == project, activation_stores.c.id == store_id)
-        .values(state="failed")
+        .values(**values)
     )
 
 
@@ -144,6 +163,14 @@ def result_of_sealed(store: RowMapping) -> dict[str, Any]:
     return HarvestResult(
         store_id=store["id"], n_rows=store["n_rows"], n_held_out_rows=store["n_held_out_rows"], n_tokens=0
     ).model_dump(mode="json")
+
+
+def attach_metrics(connection: Connection, job: RowMapping, metrics: Mapping[str, Any]) -> None:
+    """Add what an evaluate job measured to its dictionary; what was measured before and is not now stays."""
+    mine = (dictionaries.c.id == job["dictionary_id"]) & (dictionaries.c.project == job["project"])
+    before = connection.execute(select(dictionaries.c.metrics).where(mine).with_for_update()).scalar()
+    if before is not None:
+        connection.execute(update(dictionaries).where(mine).values(metrics={**before, **metrics}))
 
 
 def keep_dictionaries(connection: Connection, job: RowMapping, records: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.reads import read_job
 from gnomon_service.db.tables import job_dependencies, job_events, jobs
-from gnomon_service.jobs.artifacts import begin_store, lock_store, result_of_sealed
+from gnomon_service.jobs.artifacts import begin_store, check_not_deleting, lock_store, result_of_sealed
 from gnomon_service.jobs.ids import make_id
 from gnomon_service.jobs.transitions import as_row, cancel, end, resume
 from gnomon_storage.digests import combine
@@ -112,6 +112,7 @@ class Queue:
             "deadline_at": None if request.deadline_s is None else database_now() + request.deadline_s,
         }
         store = lock_store(connection, project, plan.store_id)
+        check_not_deleting(store)
         is_sealed = store is not None and store["state"] == "sealed"
         live = None if store is None or is_sealed else _live_job(connection, store["job_id"])
         _insert_job(

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, se
 from gnomon.events import TERMINAL_STATES, EventData, JobState, Logged, StateChanged, event_json
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import attempts, job_dependencies, job_events, jobs, legal_transitions
-from gnomon_service.jobs.artifacts import fail_store, keep_dictionaries, keep_store, resume_store
+from gnomon_service.jobs.artifacts import attach_metrics, fail_store, keep_dictionaries, keep_store, resume_store
 
 BY_USER = "cancelled by the user"
 
@@ -150,6 +150,8 @@ def close_attempt(
 def _keep_result(connection: Connection, row: RowMapping, result: Mapping[str, Any]) -> None:
     if row["kind"] == "train":
         keep_dictionaries(connection, row, clean(result.get("records", [])))
+    if row["kind"] == "evaluate":
+        attach_metrics(connection, row, clean(result.get("metrics") or {}))
     if row["kind"] != "harvest" or row["attempt"] == 0:
         return
     keep_store(connection, row, clean(dict(result.get("record", {}))))

@@ -123,10 +123,15 @@ def _hook_label(plan: TrainPlan) -> str:
     return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 3]}..."
 
 
+def _public_name(source: str) -> str | None:
+    """A model's name for others; None of a path, which means nothing elsewhere (provenance has it)."""
+    return None if source.startswith(("/", "file:")) else source
+
+
 def _write_config(local: Path, origin: _Origin, metrics: DictionaryMetrics) -> None:
     plan, harvest = origin.training.plan, origin.store.spec
     metadata = {
-        "model_name": harvest["model"]["source"],
+        "model_name": _public_name(harvest["model"]["source"]),
         "model_revision": harvest["model"].get("revision"),
         "dataset_path": harvest["text"][0]["url"],
         "context_size": harvest["context_length"],

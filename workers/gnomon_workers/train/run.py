@@ -85,7 +85,14 @@ def resolve(assignment: Assignment) -> TrainRun:
     spec = TrainSpec.read(assignment.spec)
     places = ProjectLayout.open(assignment.storage_root)
     store = places.store(assignment.store_id)
-    inputs, target = hooks_of(spec, ActivationStore.open(store))
+    activations = ActivationStore.open(store)
+    if activations.manifest.n_rows < spec.batch_size:
+        raise InvalidRequest(
+            f"the store has {activations.manifest.n_rows} rows to train on, less than one batch of {spec.batch_size}; "
+            "harvest more, or lower batch_size",
+            code="store_too_small",
+        )
+    inputs, target = hooks_of(spec, activations)
     names, specs = spec.variant_names, spec.variant_specs()
     d_sae = spec.resolve_d_sae(sum(hook.width for hook in inputs))
     mesh = _mesh_of(spec, d_sae, places.checkpoints(assignment.job_id, names[0]))

@@ -32,4 +32,7 @@ def read_store(store_id: Id, principal: Reader, services: ServicesDep) -> Activa
 def delete_store(store_id: Id, principal: Writer, services: ServicesDep) -> None:
     """Delete a store's activations; the same harvest then makes them anew."""
     with services.database.write() as connection:
-        stores.delete_store(connection, principal.project, store_id)
+        location = stores.begin_deletion(connection, principal.project, store_id)
+    location.delete()  # in no transaction: it may take minutes, and SQLite has one writer
+    with services.database.write() as connection:
+        stores.end_deletion(connection, principal.project, store_id)
