@@ -78,6 +78,8 @@ def api() -> None:
 
     settings = load_settings()
     setup_logging("api", settings.log_level)
+    # with the default of 5 ms each, a few requests that compute would hold up all others for tens of milliseconds
+    sys.setswitchinterval(0.0005)
     uvicorn.run(
         make_app(settings),
         host=settings.host,

@@ -35,8 +35,8 @@ class BodyLimits:
                 body = await self._read(scope, receive)
             if body is None:
                 return  # the client went away
+            _check_items(body)  # the quicker of the two, and both hold up whoever else asks
             self._check_depth(body)
-            _check_items(body)
         except TimeoutError:
             message = f"the body did not arrive within {self._body_timeout_s:g} s"
             await make_problem(408, "body_timeout", message, headers={"Connection": "close"})(scope, receive, send)
