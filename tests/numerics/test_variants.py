@@ -41,15 +41,17 @@ def test_a_larger_penalty_makes_fewer_features_active(kind: type[ReLU | Gated | 
 def test_the_first_group_of_a_matryoshka_reconstructs_by_itself() -> None:
     """Better than the same features of a dictionary that was never asked to."""
     x = data(256, seed=999)
+    # data that is not centred: b_dec has far to go
+    optimizer = {"lr": 5e-3, "beta1": 0.9, "beta2": 0.999, "clip_norm": 1.0, "b_enc_rate": 5.0, "b_dec_rate": 5.0}
     errors = []
     for activation in (Matryoshka(k=5, group_fractions=(0.25, 0.75)), BatchTopK(k=5)):
-        step, _ = run(activation, 200)
+        step, _ = run(activation, 200, optimizer=optimizer, schedule={"decay_fraction": 0.2})
         params = step.parameters
         pre = (x - params.b_dec) @ params.W_enc + params.b_enc
         acts = torch.where(pre > step.state["threshold"], pre, 0.0)
         first = acts[:, :24] @ params.W_dec[:24] + params.b_dec
         errors.append(float((first - x).square().sum(1).mean()))
-    assert errors[0] < 0.9 * errors[1]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def test_p_falls_in_equal_steps_and_lambda_keeps_the_penalty() -> None:
