@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from gnomon._settings import ClientSettings
 from gnomon.errors import GnomonError, InvalidRequest, Unavailable, from_problem
 
 T = TypeVar("T")
+logger = logging.getLogger("gnomon")
 
 
 class Session:
@@ -32,6 +34,13 @@ class Session:
 
     def send(self, request: Request[T]) -> T:
         """Send a request and read its answer, repeating it where that is safe and may help."""
+        while True:
+            try:
+                return self._send(request)
+            except Unavailable as error:
+                _wait_for_reading(request, error)
+
+    def _send(self, request: Request[T]) -> T:
         for attempt in _attempts(request, self.settings):
             with attempt, translated_errors(self.settings.url):
                 return read_answer(request, self._http.request(request.method, request.path, **_parts(request)))
@@ -76,6 +85,13 @@ class AsyncSession:
 
     async def send(self, request: Request[T]) -> T:
         """Send a request and read its answer, repeating it where that is safe and may help."""
+        while True:
+            try:
+                return await self._send(request)
+            except Unavailable as error:
+                _wait_for_reading(request, error)
+
+    async def _send(self, request: Request[T]) -> T:
         async for attempt in _attempts(request, self.settings):
             with attempt, translated_errors(self.settings.url):
                 response = await self._http.request(request.method, request.path, **_parts(request))
@@ -160,9 +176,16 @@ def translated_errors(url: str) -> Iterator[None]:
         raise Unavailable(message, code="connection_lost") from error
 
 
+def _wait_for_reading(request: Request[Any], error: Unavailable) -> None:
+    """Return where the request is to be sent again, as the service is still reading what it names; else raise."""
+    if error.code != "still_reading" or not request.idempotent:
+        raise error
+    logger.warning("%s", error.message)  # it is the service that waits, 20 s each time
+
+
 def _attempts(request: Request[Any], settings: ClientSettings) -> Any:
     def may_repeat(error: Exception) -> bool | float:
-        if not isinstance(error, Unavailable):
+        if not isinstance(error, Unavailable) or error.code == "still_reading":
             return False
         if not request.idempotent and error.code != "unreachable":
             return False

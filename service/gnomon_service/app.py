@@ -10,6 +10,7 @@ from fastapi import FastAPI
 import gnomon
 from gnomon_service.db.engine import Database
 from gnomon_service.jobs.submission import Queue
+from gnomon_service.planning.inspector import Inspector
 from gnomon_service.rest.body_limits import BodyLimits
 from gnomon_service.rest.deps import Services
 from gnomon_service.rest.key_gate import KeyGate
@@ -32,11 +33,13 @@ def make_app(settings: Settings) -> FastAPI:
         database=database,
         queue=Queue(database, project_root=settings.project_root),
         keys=Keys(database),
+        inspector=Inspector(),
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        services.inspector.close()
         database.close()
 
     app = FastAPI(
@@ -50,6 +53,7 @@ def make_app(settings: Settings) -> FastAPI:
     )
     app.state.services = services
     app.state.metrics = Metrics()
+    app.state.submits = jobs.limit_submits()
     app.state.dispatcher_check = health.Check()
     app.state.store_check = health.Check()
     for routes in (jobs, activations, dictionaries, keys, cluster, health):

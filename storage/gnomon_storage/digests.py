@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gnomon_storage import known_digests
 from gnomon_storage.location import Location
 
 _BLOCK_BYTES = 1 << 22
@@ -68,10 +69,16 @@ def file_digest(location: Location) -> str:
 def path_digest(path: Path) -> str:
     """SHA-256 of a file of this machine, remembered for as long as the file does not change."""
     status = path.stat()
-    return _remembered(str(path), status.st_size, status.st_mtime_ns)
+    return _remembered(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @lru_cache(maxsize=4096)
-def _remembered(path: str, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - size and time are part of the cache's key
-    with Path(path).open("rb") as file:
-        return stream_digest(file)[0]
+def _remembered(path: str, *_identity: int) -> str:
+    place = Path(path)
+    status = place.stat()
+    known = known_digests.recall(place, status)
+    if known is None:
+        with place.open("rb") as file:
+            known = stream_digest(file)[0]
+        known_digests.remember(place, status, known)
+    return known

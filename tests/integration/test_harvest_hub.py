@@ -107,7 +107,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_a_model_is_pinned_and_described_without_its_weights(hub: type[Hub], revision: str | None) -> None:
     found = describe_model(ModelSource(source="org/name", revision=revision), [])
-    assert (found.kind, found.revision, found.fingerprint) == ("hub", COMMIT, COMMIT)
+    assert (found.kind, found.revision, found.fingerprint()) == ("hub", COMMIT, COMMIT)
     assert (found.n_layers, found.n_parameters) == (4, 852_608)
     assert found.hooks["model.layers.3"] == 128
     n_weights = (hub.folder / "model.safetensors").stat().st_size

@@ -70,7 +70,7 @@ def assign(inputs: Path, root: Path, spec: HarvestSpec, *, attempt: int = 1) -> 
         spec=spec.model_dump(mode="json"),
         storage_root=root.as_uri(),
         input_roots=roots,
-        store_id=store_id(spec, model.fingerprint, check_text(spec.text, roots)),
+        store_id=store_id(spec, model.fingerprint(), check_text(spec.text, roots)),
     )
 
 

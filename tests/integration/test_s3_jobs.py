@@ -89,7 +89,7 @@ def train_spec(store: str) -> dict[str, Any]:
 
 def test_a_dictionary_is_made_in_an_object_store(cluster: RayCluster, tmp_path: Path) -> None:
     harvest, roots = harvest_spec(tmp_path), (str(tmp_path),)
-    store = store_id(harvest, describe_model(harvest.model, roots).fingerprint, check_text(harvest.text, roots))
+    store = store_id(harvest, describe_model(harvest.model, roots).fingerprint(), check_text(harvest.text, roots))
     root = new_place()
     Location.open(root).child("ready").write_bytes(b"")  # makes the bucket, as an operator would
     common: dict[str, Any] = {"attempt": 1, "project": "p", "storage_root": root}

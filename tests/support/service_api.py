@@ -109,6 +109,7 @@ def running_service(home: Path, **settings: Any) -> Iterator[Service]:
         yield service
     finally:
         service.bench.database.close()
+        service.app.state.services.inspector.close()
         service.app.state.services.database.close()
 
 

@@ -240,9 +240,9 @@ def test_the_fingerprint_follows_the_bytes(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder, copy)
 
     def fingerprint() -> str:
-        return describe_model(ModelSource(source=str(copy)), [str(tmp_path)]).fingerprint
+        return describe_model(ModelSource(source=str(copy)), [str(tmp_path)]).fingerprint()
 
-    first = describe_model(ModelSource(source=str(folder)), [str(folder.parent)]).fingerprint
+    first = describe_model(ModelSource(source=str(folder)), [str(folder.parent)]).fingerprint()
     assert fingerprint() == first
     (copy / "README.md").write_text("nothing of importance")
     assert fingerprint() == first
@@ -274,7 +274,7 @@ def hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_a_cached_hub_model_is_found_without_the_hub(hub_cache: Path, revision: str | None) -> None:
     found = describe_model(ModelSource(source="org/name", revision=revision), [])
-    assert (found.kind, found.revision, found.fingerprint) == ("hub", COMMIT, COMMIT)
+    assert (found.kind, found.revision, found.fingerprint()) == ("hub", COMMIT, COMMIT)
     assert found.hooks["model.layers.0"] == 128
 
 

@@ -15,12 +15,9 @@ from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, Mesh, StoredActi
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import find_store, read_cluster, read_dictionary, read_store
 from gnomon_service.jobs.submission import Plan
+from gnomon_service.planning.inspector import Inspector
 from gnomon_service.settings import Settings
-from gnomon_storage.activations import ActivationStore
-from gnomon_storage.location import Location
 from gnomon_workers.harvest.identity import store_id as id_of_store
-from gnomon_workers.harvest.text import check_text
-from gnomon_workers.models import catalog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,84 +29,95 @@ class _Source:
     """Hook -> d_in; None where only the run will tell."""
 
 
-def check_job(request: JobRequest, project: str, database: Database, settings: Settings) -> Plan:
-    """The plan of a request; raises InvalidRequest, NotFound, Conflict or CorruptArtifact. Queues nothing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """For whom a request is checked, and what with."""
+
+    project: str
+    database: Database
+    inspector: Inspector
+    input_roots: tuple[str, ...]
+
+
+def check_job(request: JobRequest, project: str, database: Database, settings: Settings, inspector: Inspector) -> Plan:
+    """The plan of a request, which queues nothing.
+
+    Raises InvalidRequest, NotFound, Conflict, CorruptArtifact, or Unavailable while large files are still read.
+    """
+    asked = _Asked(project=project, database=database, inspector=inspector, input_roots=settings.input_roots)
     match request.spec:
         case HarvestSpec() as spec:
-            return _check_harvest_alone(spec, project, database, settings)
+            return _check_harvest_alone(spec, asked)
         case TrainSpec() as spec:
-            return _check_train(spec, project, database, settings)
+            return _check_train(spec, asked)
         case EvaluateSpec() as spec:
-            return _check_evaluate(spec, project, database)
+            return _check_evaluate(spec, asked)
 
 
 # ---------------------------------------------------------------------------------------------- harvest
 
 
-def _check_harvest(spec: HarvestSpec, settings: Settings) -> tuple[Plan, dict[str, int | None]]:
+def _check_harvest(spec: HarvestSpec, asked: _Asked) -> tuple[Plan, dict[str, int | None]]:
     """The plan, with the model's revision pinned, and the width of each hook."""
-    model = catalog.describe_model(spec.model, settings.input_roots)
-    for hook in spec.hooks:
-        catalog.check_hook(hook, model)
-    catalog.check_context_length(spec.context_length, model)
-    text = check_text(spec.text, settings.input_roots)
-    pinned = spec.model_copy(
-        update={"model": spec.model.model_copy(update={"revision": model.revision or spec.model.revision})}
-    )
-    store_id = id_of_store(pinned, model.fingerprint, text)
-    return Plan(spec=pinned, store_id=store_id), {hook: model.hooks.get(hook) for hook in spec.hooks}
+    seen = asked.inspector.harvest(spec, asked.input_roots)
+    model = spec.model.model_copy(update={"revision": seen.revision or spec.model.revision})
+    pinned = spec.model_copy(update={"model": model})
+    store_id = id_of_store(pinned, seen.model_fingerprint, seen.text_fingerprint)
+    return Plan(spec=pinned, store_id=store_id), dict(seen.hooks)
 
 
-def _check_harvest_alone(spec: HarvestSpec, project: str, database: Database, settings: Settings) -> Plan:
+def _check_harvest_alone(spec: HarvestSpec, asked: _Asked) -> Plan:
     """The plan of a harvest that may be done already: then its bytes must be there still."""
-    plan, _ = _check_harvest(spec, settings)
-    with database.read() as connection:
-        store = find_store(connection, project, plan.store_id)
-    if store is not None and store.state == "sealed":
-        _check_bytes(store)
+    plan, _ = _check_harvest(spec, asked)
+    _find_sealed(plan.store_id, asked)
     return plan
+
+
+def _find_sealed(store_id: str, asked: _Asked) -> ActivationStoreRecord | None:
+    """The store if it is sealed; raises CorruptArtifact where its files are not all there."""
+    with asked.database.read() as connection:
+        store = find_store(connection, asked.project, store_id)
+    if store is None or store.state != "sealed":
+        return None
+    asked.inspector.check_store(store.location)
+    return store
 
 
 # ---------------------------------------------------------------------------------------------- train
 
 
-def _check_train(spec: TrainSpec, project: str, database: Database, settings: Settings) -> Plan:
+def _check_train(spec: TrainSpec, asked: _Asked) -> Plan:
     if isinstance(spec.activations, StoredActivations):
-        source = _stored_source(spec.activations.id, project, database)
+        source = _stored_source(spec.activations.id, asked)
         pinned = spec
     else:
-        source, pinned = _harvested_source(spec, spec.activations, project, database, settings)
+        source, pinned = _harvested_source(spec, spec.activations, asked)
     names = spec.hook_names or (_choose_hook(spec.hook_name, source),)
     for name in (*names, spec.target_hook_name or names[0]):
         _check_known(name, source)
     widths = [width for name in names if (width := source.hooks[name]) is not None]
-    _check_shape(spec, sum(widths) if len(widths) == len(names) else None, database)
+    _check_shape(spec, sum(widths) if len(widths) == len(names) else None, asked.database)
     return Plan(spec=pinned, store_id=source.store_id)
 
 
-def _stored_source(store_id: str, project: str, database: Database) -> _Source:
-    with database.read() as connection:
-        store = read_store(connection, project, store_id)
+def _stored_source(store_id: str, asked: _Asked) -> _Source:
+    with asked.database.read() as connection:
+        store = read_store(connection, asked.project, store_id)
     if store.state != "sealed":
         raise Conflict(
             f"activation store {store_id!r} is {store.state}, not sealed; wait for job {store.job_id!r}, or give "
             "its harvest spec instead of its id, and the service waits by itself",
             code="store_not_sealed",
         )
-    _check_bytes(store)
+    asked.inspector.check_store(store.location)
     return _Source(store_id=store_id, hooks=dict(store.hooks))
 
 
-def _harvested_source(
-    spec: TrainSpec, harvest: HarvestSpec, project: str, database: Database, settings: Settings
-) -> tuple[_Source, TrainSpec]:
-    plan, hooks = _check_harvest(harvest, settings)
-    with database.read() as connection:
-        store = find_store(connection, project, plan.store_id)
-    if store is not None and store.state == "sealed":
-        _check_bytes(store)
-        hooks = dict(store.hooks)
-    return _Source(store_id=plan.store_id, hooks=hooks), spec.model_copy(update={"activations": plan.spec})
+def _harvested_source(spec: TrainSpec, harvest: HarvestSpec, asked: _Asked) -> tuple[_Source, TrainSpec]:
+    plan, hooks = _check_harvest(harvest, asked)
+    store = _find_sealed(plan.store_id, asked)
+    source = _Source(store_id=plan.store_id, hooks=hooks if store is None else dict(store.hooks))
+    return source, spec.model_copy(update={"activations": plan.spec})
 
 
 def _choose_hook(name: str | None, source: _Source) -> str:
@@ -183,14 +191,9 @@ def _fitting_meshes(spec: TrainSpec, d_sae: int | None, n_places: int) -> list[s
 # ---------------------------------------------------------------------------------------------- evaluate
 
 
-def _check_evaluate(spec: EvaluateSpec, project: str, database: Database) -> Plan:
-    with database.read() as connection:
-        dictionary = read_dictionary(connection, project, spec.dictionary)
-        store = read_store(connection, project, dictionary.store_id)
-    _check_bytes(store)
+def _check_evaluate(spec: EvaluateSpec, asked: _Asked) -> Plan:
+    with asked.database.read() as connection:
+        dictionary = read_dictionary(connection, asked.project, spec.dictionary)
+        store = read_store(connection, asked.project, dictionary.store_id)
+    asked.inspector.check_store(store.location)
     return Plan(spec=spec, store_id=store.id)
-
-
-def _check_bytes(store: ActivationStoreRecord) -> None:
-    """Raise CorruptArtifact if the store's files are not all there in full size."""
-    ActivationStore.open(Location.open(store.location)).check_quick()

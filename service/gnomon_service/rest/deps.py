@@ -10,6 +10,7 @@ from fastapi import Depends, Path, Query, Request
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import MAX_PAGE
 from gnomon_service.jobs.submission import Queue
+from gnomon_service.planning.inspector import Inspector
 from gnomon_service.settings import Settings
 from gnomon_service.tenancy.keys import Keys, Principal
 
@@ -22,6 +23,7 @@ class Services:
     database: Database
     queue: Queue
     keys: Keys
+    inspector: Inspector
 
 
 def _services(request: Request) -> Services:

@@ -97,7 +97,7 @@ def prepare(assignment: Assignment, store: Location) -> HarvestRun:
     spec = HarvestSpec.read(assignment.spec)
     model = describe_model(spec.model, assignment.input_roots)
     fingerprint = text_fingerprint(resolve_text(spec.text, assignment.input_roots))
-    if store_id(spec, model.fingerprint, fingerprint) != assignment.store_id:
+    if store_id(spec, model.fingerprint(), fingerprint) != assignment.store_id:
         raise InvalidRequest(
             "the model or the text was changed after the job was submitted; submit it again", code="source_changed"
         )
@@ -272,7 +272,7 @@ def seal_store(run: HarvestRun, commits: list[SegmentCommit]) -> ActivationStore
             "source": model.source,
             "kind": model.kind,
             "revision": model.revision,
-            "fingerprint": model.fingerprint,
+            "fingerprint": model.fingerprint(),
             "model_type": model.model_type,
             "kind_of_model": "causal" if model.has_head else "encoder",
             "n_layers": model.n_layers,

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from gnomon.errors import InvalidRequest
 from gnomon.specs import ModelSource
-from gnomon_storage.digests import combine, file_digest
+from gnomon_storage.digests import combine, path_digest
 from gnomon_storage.location import Location, resolve_input
 from gnomon_workers.models import gguf_llama
 from gnomon_workers.models.gguf_header import GgufHeader
@@ -44,8 +44,8 @@ class ModelDescription:
 
     source: str
     kind: ModelKind
-    fingerprint: str
-    """Digest of weights, config and tokenizer; the commit for hub models."""
+    files: tuple[Path, ...]
+    """Weights, config and tokenizer of a local model."""
     revision: str | None
     """Commit, for hub models."""
     path: str | None
@@ -67,6 +67,14 @@ class ModelDescription:
     not_hooks: Mapping[str, str]
     """Module path -> why it cannot be hooked."""
 
+    def fingerprint(self) -> str:
+        """Digest of weights, config and tokenizer, all of which are read; the commit of a hub model, at once."""
+        if self.revision is not None:
+            return self.revision
+        if self.kind == "gguf":
+            return path_digest(self.files[0])
+        return combine({"files": {path.name: path_digest(path) for path in self.files}})
+
 
 def describe_model(source: ModelSource, input_roots: Sequence[str]) -> ModelDescription:
     """Look a model up: a .gguf file or folder under the input roots, or a name on the hub.
@@ -75,7 +83,7 @@ def describe_model(source: ModelSource, input_roots: Sequence[str]) -> ModelDesc
     """
     if HUB_ID.match(source.source) and not source.source.lower().endswith(".gguf"):
         found = find_hub_model(source.source, source.revision)
-        return _describe(source.source, "hub", found.config, found.shapes, found.commit, revision=found.commit)
+        return _describe(source.source, "hub", found.config, found.shapes, revision=found.commit)
     if source.revision is not None:
         raise bad_model(f"revision={source.revision!r} belongs to hub models, and {source.source!r} is a path")
     location = resolve_input(source.source, input_roots, schemes=("file",))
@@ -88,7 +96,7 @@ def describe_model(source: ModelSource, input_roots: Sequence[str]) -> ModelDesc
             f"there is no model at {source.source!r}; give a hub name (org/name), a folder with config.json and "
             "safetensors, or a .gguf file"
         )
-    return _describe_folder(source.source, location, path)
+    return _describe_folder(source.source, path)
 
 
 def check_hook(name: str, description: ModelDescription) -> None:
@@ -124,15 +132,15 @@ def check_context_length(length: int, description: ModelDescription) -> None:
         )
 
 
-def _describe_folder(source: str, location: Location, folder: Path) -> ModelDescription:
+def _describe_folder(source: str, folder: Path) -> ModelDescription:
     config = read_config(folder)
     files = weight_files(folder)
-    names = ["config.json", *(path.name for path in files), *TOKENIZER_FILES]
-    digests = {name: file_digest(location.child(name)) for name in names if (folder / name).is_file()}
-    if not any(name in digests for name in TOKENIZER_FILES):
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not tokenizer:
         raise bad_model(f"{source!r} has no tokenizer; put tokenizer.json beside its config.json")
     shapes = {name: shape for path in files for name, shape in tensor_shapes(path).items()}
-    return _describe(source, "folder", config, shapes, combine({"files": digests}), path=str(folder))
+    read = (folder / "config.json", *files, *tokenizer)
+    return _describe(source, "folder", config, shapes, files=read, path=str(folder))
 
 
 def _describe(
@@ -140,8 +148,8 @@ def _describe(
     kind: ModelKind,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    fingerprint: str,
     *,
+    files: tuple[Path, ...] = (),
     revision: str | None = None,
     path: str | None = None,
 ) -> ModelDescription:
@@ -149,7 +157,7 @@ def _describe(
     return ModelDescription(
         source=source,
         kind=kind,
-        fingerprint=fingerprint,
+        files=files,
         revision=revision,
         path=path,
         is_causal=is_causal(config),
@@ -176,7 +184,7 @@ def _describe_gguf(source: str, location: Location, path: Path) -> ModelDescript
         )
     config = gguf_llama.read_config(header)
     shapes = gguf_llama.read_shapes(header)
-    return _describe(source, "gguf", config, shapes, file_digest(location), path=str(path))
+    return _describe(source, "gguf", config, shapes, files=(path,), path=str(path))
 
 
 @lru_cache(maxsize=32)

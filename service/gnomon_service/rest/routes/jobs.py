@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Final
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from gnomon.errors import InvalidRequest
+from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.resources import Event, Job, JobKind, JobState, Page
 from gnomon.specs import JobRequest
 from gnomon_service.db import reads
 from gnomon_service.planning.admission import check_job
-from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep, Writer
+from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, Services, ServicesDep, Writer
 from gnomon_service.rest.event_stream import EventStream
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -23,22 +24,45 @@ IdempotencyKey = Annotated[
 ]
 
 
+_MOST_SUBMITS: Final = 32
+"""Requests that wait at once for a look at what they name, in threads that are not those of other requests."""
+
+
 @router.post("", status_code=201)
-def submit_job(
+async def submit_job(
     body: JobRequest,
+    request: Request,
     response: Response,
     principal: Writer,
     services: ServicesDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
-    """Check a job and queue it."""
-    queue, project = services.queue, principal.project
-    job = queue.find_by_key(project, idempotency_key, body) if idempotency_key else None
-    if job is None:
-        plan = check_job(body, project, services.database, services.settings)
-        job = queue.submit(project, body, plan, idempotency_key=idempotency_key)
+    """Check a job and queue it.
+
+    503, code "still_reading", where a model or text is so large that the first look at it takes longer than a request
+    waits: the same request joins the same look.
+    """
+    limiter = request.app.state.submits
+    if limiter.available_tokens < 1:
+        raise Unavailable(f"{_MOST_SUBMITS} requests are being checked already; send it again", code="busy")
+    submit = partial(_submit, body, principal.project, services, idempotency_key)
+    job = await to_thread.run_sync(submit, limiter=limiter)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
+
+
+def limit_submits() -> CapacityLimiter:
+    """The threads that submits have."""
+    return CapacityLimiter(_MOST_SUBMITS)
+
+
+def _submit(body: JobRequest, project: str, services: Services, idempotency_key: str | None) -> Job:
+    queue = services.queue
+    job = queue.find_by_key(project, idempotency_key, body) if idempotency_key else None
+    if job is not None:
+        return job
+    plan = check_job(body, project, services.database, services.settings, services.inspector)
+    return queue.submit(project, body, plan, idempotency_key=idempotency_key)
 
 
 @router.get("")
