@@ -32,6 +32,18 @@ def published(dictionary: Location) -> dict[str, Any] | None:
     return None
 
 
+def is_published(folder: Location) -> bool:
+    """Whether an attempt's folder is a published dictionary."""
+    return folder.child(MANIFEST).is_file()
+
+
+def remove_unpublished(dictionary: Location) -> None:
+    """Delete what attempts left that did not come to publish a dictionary; none may be at work any more."""
+    for name in filter(_ATTEMPT.match, dictionary.list()):
+        if not is_published(dictionary.child(name)):
+            dictionary.child(name).delete()
+
+
 def published_digests(folder: Location) -> dict[str, str]:
     """BLAKE2b-256 of the files of a published folder, hexadecimal, by name; empty where its manifest says nothing."""
     try:
