@@ -150,9 +150,10 @@ def dictionary(dictionary_id: str) -> Request[DictionaryRecord]:
     return Request(method="GET", path=path, parse=DictionaryRecord.read)
 
 
-def dictionary_file(dictionary_id: str, name: str) -> Request[None]:
-    """GET /v1/dictionaries/{id}/files/{name}; the body is the file."""
-    return Request(method="GET", path=_path("dictionaries", dictionary_id, "files", name), parse=_nothing)
+def dictionary_file(dictionary_id: str, name: str, headers: Mapping[str, str]) -> Request[None]:
+    """GET /v1/dictionaries/{id}/files/{name}; the body is the file, or the part that the headers ask for."""
+    path = _path("dictionaries", dictionary_id, "files", name)
+    return Request(method="GET", path=path, parse=_nothing, headers=headers)
 
 
 def keys(limit: int | None) -> Flow[list[ApiKey]]:

@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack, cast, overload
 import httpx2
 
 from gnomon import _requests
-from gnomon._download import plan_download
+from gnomon._download import FileDownload, plan_download
 from gnomon._http import AsyncSession
 from gnomon._requests import SubmitOptions, Submittable
 from gnomon._results import JobResult, result_of
@@ -172,12 +172,22 @@ class AsyncClient:
 
     async def _download(self, dictionary: DictionaryRecord, folder: Path) -> Path:
         for download in plan_download(dictionary, folder):
-            with download.writer() as file:
-                timeout_s = self._session.settings.timeout_s
-                async with self._session.stream(download.request, timeout_s) as response:
-                    async for piece in response.aiter_bytes():
-                        file.write(piece)
+            with download:
+                await asyncio.to_thread(download.start)
+                while not download.is_done:
+                    try:
+                        await self._receive(download)
+                    except Unavailable as lost:
+                        await asyncio.sleep(download.broken(lost, self._session.settings.n_attempts))
+                await asyncio.to_thread(download.finish)
         return folder
+
+    async def _receive(self, download: FileDownload) -> None:
+        async with self._session.stream(download.request(), self._session.settings.timeout_s) as response:
+            download.begin(response)
+            async for piece in response.aiter_bytes():
+                download.write(piece)
+        download.end()
 
 
 class AsyncJobHandle(Generic[R_co]):
@@ -262,7 +272,7 @@ class AsyncRemoteDictionary:
         return self.info.id
 
     async def download(self, path: str | Path | None = None) -> Path:
-        """Fetch all files into a folder (default: one named by the id, here); returns the folder."""
+        """Fetch all files into a folder (default: one named by the id, here); see `RemoteDictionary.download`."""
         return await self._client._download(self.info, Path(path if path is not None else self.id))
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack, cast, overload
 import httpx2
 
 from gnomon import _requests
-from gnomon._download import plan_download
+from gnomon._download import FileDownload, plan_download
 from gnomon._http import Session
 from gnomon._requests import SubmitOptions, Submittable
 from gnomon._results import JobResult, result_of
@@ -183,13 +183,22 @@ class Client:
 
     def _download(self, dictionary: DictionaryRecord, folder: Path) -> Path:
         for download in plan_download(dictionary, folder):
-            with (
-                download.writer() as file,
-                self._session.stream(download.request, self._session.settings.timeout_s) as response,
-            ):
-                for piece in response.iter_bytes():
-                    file.write(piece)
+            with download:
+                download.start()
+                while not download.is_done:
+                    try:
+                        self._receive(download)
+                    except Unavailable as lost:
+                        time.sleep(download.broken(lost, self._session.settings.n_attempts))
+                download.finish()
         return folder
+
+    def _receive(self, download: FileDownload) -> None:
+        with self._session.stream(download.request(), self._session.settings.timeout_s) as response:
+            download.begin(response)
+            for piece in response.iter_bytes():
+                download.write(piece)
+        download.end()
 
 
 class JobHandle(Generic[R_co]):
@@ -280,7 +289,8 @@ class RemoteDictionary:
     def download(self, path: str | Path | None = None) -> Path:
         """Fetch all files into a folder (default: one named by the id, here); returns the folder.
 
-        Raises CorruptArtifact where a file does not arrive in its full length.
+        After a broken connection it goes on where it was; so does a later call that finds what an earlier one left.
+        Raises CorruptArtifact where a file does not arrive as it was published.
         """
         return self._client._download(self.info, Path(path if path is not None else self.id))
 

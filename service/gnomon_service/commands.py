@@ -97,6 +97,7 @@ def dispatcher() -> None:
     """Run the dispatcher process; SIGTERM leaves running jobs on the cluster for the next one."""
     from gnomon_service.db.engine import Database
     from gnomon_service.dispatch.cluster_state import Observations
+    from gnomon_service.dispatch.collecting import Collector
     from gnomon_service.dispatch.loop import Dispatcher
     from gnomon_service.jobs.held import RetryPolicy
     from gnomon_service.jobs.leases import Leases
@@ -118,13 +119,15 @@ def dispatcher() -> None:
     cluster = RayCluster.connect(address=settings.ray_address, namespace=settings.ray_namespace)
     _set_on_signals(stop)  # again: connecting to Ray replaced the handlers
     retry = RetryPolicy(base_s=settings.retry_base_s, cap_s=settings.retry_cap_s)
-    Dispatcher(
+    loop = Dispatcher(
         leases=Leases(database, lease_s=settings.lease_s, retry=retry),
         observations=Observations(database),
         cluster=cluster,
         settings=settings,
         owner=f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}",
-    ).run(stop)
+    )
+    with Collector(database, settings.project_root).running():
+        loop.run(stop)
     database.close()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeAlias
+from threading import Lock
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -24,6 +26,8 @@ Column: TypeAlias = Literal["tokens", "positions", "context_ids"]
 MANIFEST = "manifest.json"
 COLUMN_CHUNK_ROWS = 1 << 20
 """Rows in a chunk of the integer columns: 4 MB."""
+MAX_OPEN_ARRAYS: Final = 1024
+"""Arrays that a store holds open, the last used ones: some 20 kB each."""
 RAW_DTYPES = {"float32": "float32", "bfloat16": "uint16"}
 
 
@@ -33,7 +37,8 @@ class ActivationStore:
     def __init__(self, location: Location, manifest: Manifest) -> None:
         self.location = location
         self.manifest = manifest
-        self._arrays: dict[tuple[str, str], ZarrArray] = {}
+        self._arrays: OrderedDict[tuple[str, str], ZarrArray] = OrderedDict()
+        self._lock = Lock()
 
     @classmethod
     def open(cls, location: Location) -> ActivationStore:
@@ -114,12 +119,23 @@ class ActivationStore:
         self, segment: SegmentInfo, name: str, dtype: str, shape: tuple[int, ...], start: int, stop: int
     ) -> Array:
         folder = self.location.child(segment.path)
-        array = self._arrays.get((segment.path, name))
-        if array is None:
-            rows = segment.chunk_rows if name.startswith("acts/") else column_chunk_rows(shape)
-            array = open_array(folder, name, shape=shape, chunk_rows=rows, dtype=dtype)
-            self._arrays[segment.path, name] = array
+        rows = segment.chunk_rows if name.startswith("acts/") else column_chunk_rows(shape)
+        array = self._opened(folder, name, lambda: open_array(folder, name, shape=shape, chunk_rows=rows, dtype=dtype))
         return read_rows(array, folder, name, start, stop)
+
+    def _opened(self, folder: Location, name: str, make: Callable[[], ZarrArray]) -> ZarrArray:
+        """An array that is open already, or is now; the one that was not used for longest makes room for it."""
+        key = (folder.path, name)
+        with self._lock:
+            if key in self._arrays:
+                self._arrays.move_to_end(key)
+                return self._arrays[key]
+        array = make()  # without the lock: others may read meanwhile, and one that is opened twice does no harm
+        with self._lock:
+            self._arrays[key] = array
+            while len(self._arrays) > MAX_OPEN_ARRAYS:
+                self._arrays.popitem(last=False)
+        return array
 
 
 def column_chunk_rows(shape: tuple[int, ...]) -> int:

@@ -36,8 +36,13 @@ class ProjectLayout:
 
     def checkpoints(self, job_id: str, variant: str = "") -> Location:
         """Folder of the checkpoints of all attempts at a train job; of each variant by themselves."""
-        folder = self.root.child("checkpoints", job_id)
+        folder = self.all_checkpoints.child(job_id)
         return folder.child(variant) if variant else folder
+
+    @property
+    def all_checkpoints(self) -> Location:
+        """Folder of the checkpoints of all train jobs, one folder for each."""
+        return self.root.child("checkpoints")
 
     def dictionary(self, dictionary_id: str) -> Location:
         """Folder of a dictionary, with one folder for each attempt that got so far."""

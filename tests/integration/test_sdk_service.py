@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 
 from gnomon import cli, errors
 from gnomon.async_client import AsyncClient
@@ -23,7 +21,7 @@ from gnomon_service.app import make_app
 from gnomon_service.settings import load_settings
 from tests.support.glass import make_corpus
 from tests.support.models import make_glassllm
-from tests.support.waiting import wait_until
+from tests.support.serving import serving
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +52,6 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     }
     with serving(app) as url:
         yield Api(url=url, key=key, app=app, harvest=HarvestSpec.model_validate(harvest))
-
-
-@contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Serve an application from a thread until the context ends."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started, "the server's start", every_s=0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Self
 from urllib.parse import urlsplit
@@ -22,6 +22,10 @@ class Proxy:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._is_hanging = False
+        self._cut_after: int | None = None
+        self._hang_after: int | None = None
+        self.n_bytes_back = 0
+        """What the server's answers had so far, heads and all."""
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     @property
@@ -55,6 +59,25 @@ class Proxy:
             self._is_hanging = False
             self._cut()
 
+    @contextmanager
+    def cutting(self, after: int) -> Iterator[None]:
+        """Cut every connection once the server has sent so many bytes through it."""
+        self._cut_after = after
+        try:
+            yield
+        finally:
+            self._cut_after = None
+
+    @contextmanager
+    def sticking(self, after: int) -> Iterator[None]:
+        """Pass nothing on once the server has sent so many bytes through a connection, and hold it open."""
+        self._hang_after = after
+        try:
+            yield
+        finally:
+            self._hang_after = None
+            self._cut()
+
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,19 +107,41 @@ class Proxy:
         with suppress(OSError), client, socket.create_connection(self._target) as server:
             with self._lock:
                 self._open |= {client, server}
-            back = threading.Thread(target=self._pass, args=(server, client), daemon=True)
+            back = threading.Thread(target=self._pass_back, args=(server, client), daemon=True)
             back.start()
             self._pass(client, server)
             back.join()
             with self._lock:
                 self._open -= {client, server}
 
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
+        n_left = self._cut_after if self._cut_after is not None else self._hang_after
+        with suppress(OSError):
+            while n_left is not None and n_left > 0 and (data := server.recv(min(1 << 16, n_left))):
+                client.sendall(data)
+                n_left -= len(data)
+                self._count(data)
+            while self._hang_after is not None and n_left == 0:
+                threading.Event().wait(0.05)
+        if n_left is None:
+            self._pass(server, client, self._count)
+        for end in (server, client):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _count(self, data: bytes) -> None:
+        with self._lock:
+            self.n_bytes_back += len(data)
+
+    def _pass(
+        self, source: socket.socket, sink: socket.socket, passed: Callable[[bytes], None] = lambda _: None
+    ) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 while self._is_hanging:
                     threading.Event().wait(0.05)
                 sink.sendall(data)
+                passed(data)
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -36,3 +36,18 @@ def test_cancelling_is_noticed_at_the_next_check() -> None:
     reporter.cancel()
     with pytest.raises(Cancelled):
         reporter.check_cancelled()
+
+
+def test_what_is_acknowledged_is_forgotten_and_numbers_go_on() -> None:
+    reporter = Reporter()
+    for number in range(1, 1001):
+        reporter.report(Logged(message=str(number)))
+        reporter.acknowledge(number - 3)
+        assert len(reporter.after(0)) <= 3
+    assert [r.seq for r in reporter.after(997)] == [998, 999, 1000]
+    reporter.acknowledge(990)  # of a dispatcher that was replaced: an answer that came late
+    reporter.acknowledge(998)
+    assert [r.seq for r in reporter.after(998)] == [r.seq for r in reporter.after(0)] == [999, 1000]
+    reporter.acknowledge(5000)
+    reporter.report(Logged(message="the last"))
+    assert [r.seq for r in reporter.after(1000)] == [1001]

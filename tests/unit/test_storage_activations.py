@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gnomon.errors import CorruptArtifact, NotFound
-from gnomon_storage import writing
+from gnomon_storage import activations, writing
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import float32_from_bfloat16
 from gnomon_storage.location import Location
@@ -214,3 +215,34 @@ def test_too_few_rows_are_not_committed(tmp_path: Path) -> None:
     writer.append({"h": np.zeros((4, 2), np.float32)})
     with pytest.raises(ValueError, match="4 rows were written of 5"):
         writer.commit()
+
+
+def test_a_store_of_many_arrays_holds_a_few_of_them_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "MAX_OPEN_ARRAYS", 2)
+    make_counted_store(tmp_path)
+    store = ActivationStore.open(Location.open(str(tmp_path)))
+    segments = store.manifest.split("segments")
+
+    def read(number: int) -> None:
+        segment = segments[number % len(segments)]
+        rows = store.read_rows("layers.0", segment, 0, segment.n_rows)
+        first = sum(before.n_rows for before in segments[: number % len(segments)])
+        np.testing.assert_array_equal(rows, known_rows(first, segment.n_rows, 8))
+        assert len(store._arrays) <= 2 + 4, "one more of each thread at most"
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(read, range(60)))
+    assert len(segments) > 2 >= len(store._arrays)
+
+
+def test_the_array_that_was_used_last_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "MAX_OPEN_ARRAYS", 2)
+    make_counted_store(tmp_path)
+    store = ActivationStore.open(Location.open(str(tmp_path)))
+    first, second, third = store.manifest.split("segments")
+    for segment in (first, second, first, third):
+        store.read_rows("layers.0", segment, 0, 1)
+    assert [path.rsplit("/", 2)[1] + "/" + path.rsplit("/", 1)[1] for path, _ in store._arrays] == [
+        first.path,
+        third.path,
+    ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
 from gnomon.errors import CorruptArtifact, StoreUnavailable
-from gnomon.events import CheckpointSaved
+from gnomon.events import CheckpointSaved, Logged
 from gnomon.specs import HarvestSpec
 from gnomon_workers.attempts import supervisor as supervisors
 from gnomon_workers.attempts.supervisor import Supervisor
@@ -110,3 +111,27 @@ def test_an_error_of_its_own_is_not_waited_out(monkeypatch: pytest.MonkeyPatch) 
     supervisor = begin(monkeypatch, waiting_for(1, CorruptArtifact("shard 3 is damaged")))
     assert (outcome_of(supervisor).status, outcome_of(supervisor).code) == ("failed", "corrupt_artifact")
     assert not pauses_of(supervisor)
+
+
+def test_a_long_job_holds_only_the_reports_that_nobody_has_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    more = threading.Semaphore(0)
+
+    def run(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
+        for number in range(300):
+            reporter.report(Logged(message=str(number)))
+            if number % 10 == 9:
+                assert more.acquire(timeout=30)
+                held.append(len(reporter.after(0)))
+        return {}
+
+    supervisor = begin(monkeypatch, run)
+    stored: list[int] = []
+    for _ in range(30):
+        wait_until(lambda: len(supervisor.poll(len(stored)).reports) == 10, "ten reports")
+        # that dispatcher is lost before it has stored what it was told: the next one is told the same
+        stored.extend(report.seq for report in supervisor.poll(len(stored)).reports)
+        supervisor.poll(len(stored))
+        more.release()
+    assert wait_until(lambda: supervisor.poll(300).outcome, "the outcome").status == "succeeded"
+    assert stored == list(range(1, 301)) and held == [0] * 30

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from gnomon_service.local.log_files import last_bytes, rotate
+
 logger = logging.getLogger(__name__)
 
 MARKER = "GNOMON_UP_ID"
@@ -32,7 +34,7 @@ class Child:
     argv: Sequence[str]
     environment: Mapping[str, str]
     log: Path
-    """Where its output goes; appended to."""
+    """Where its output goes; appended to, and rotated (see `log_files`)."""
     needs: Child | None = None
     """When that one is started again, this one is too."""
     grace_s: float = 10.0
@@ -89,10 +91,7 @@ class Child:
 
     def last_lines(self, n_bytes: int = 2000) -> str:
         """The end of its log."""
-        try:
-            return self.log.read_bytes()[-n_bytes:].decode("utf-8", "replace")
-        except FileNotFoundError:
-            return ""
+        return last_bytes(self.log, n_bytes).decode("utf-8", "replace")
 
 
 class ChildProcesses:
@@ -125,8 +124,15 @@ class ChildProcesses:
     def _watch(self) -> None:
         while not self._stopped.wait(0.2):
             for child in self._children:
+                self._rotate(child)
                 if not child.is_alive and not self._stopped.is_set():
                     self._revive(child)
+
+    def _rotate(self, child: Child) -> None:
+        try:
+            rotate(child.log)
+        except OSError as error:  # a full disk, say: children must be watched all the same
+            logger.warning("log not rotated", extra={"child": child.name, "reason": str(error)})
 
     def _revive(self, child: Child) -> None:
         pause_s = child.pause_s()

@@ -54,7 +54,11 @@ class Supervisor:
         return True
 
     def poll(self, after: int) -> Poll:
-        """Reports with a number above `after`, and the outcome once there is one."""
+        """Reports with a number above `after`, and the outcome once there is one.
+
+        Those up to `after` are forgotten: whoever asks has them in the database, and so has whoever comes after it.
+        """
+        self._reporter.acknowledge(after)
         # The outcome is read first: reports made before it are then never missed.
         outcome = self._outcome
         return Poll(reports=self._reporter.after(after), outcome=outcome)

@@ -13,10 +13,9 @@ is passed over for the one before. The attempt is part of the name, so a stale a
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage.digests import fast_digest
 from gnomon_storage.location import Location
+from gnomon_workers.runtime.scratch import scratch_folder
 
 FORMAT = "gnomon-checkpoint-1"
 T = TypeVar("T")
@@ -68,26 +68,16 @@ class Checkpoint:
         return sum(shard.n_bytes for shard in self.shards)
 
 
-class open_shard:  # noqa: N801 - used as a function
-    """A context manager over the tensors of one shard file, downloaded first where it is remote."""
-
-    def __init__(self, place: Location, shard: Shard) -> None:
-        self._location = place.child(shard.file)
-        self._temp: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> Any:
-        path = self._location.local_path()
+@contextmanager
+def open_shard(place: Location, shard: Shard) -> Iterator[Any]:
+    """The tensors of one shard file, downloaded first where it is remote."""
+    location = place.child(shard.file)
+    with ExitStack() as stack:
+        path = location.local_path()
         if path is None:
-            self._temp = tempfile.TemporaryDirectory(prefix="gnomon-shard-")
-            path = Path(self._temp.name) / "shard.safetensors"
-            self._location.download(path)
-        self._file = safe_open(path, framework="pt")
-        return self._file.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
-        if self._temp is not None:
-            self._temp.cleanup()
+            path = stack.enter_context(scratch_folder()) / "shard.safetensors"
+            location.download(path)
+        yield stack.enter_context(safe_open(path, framework="pt"))
 
 
 def committed_checkpoints(folder: Location) -> Iterator[Checkpoint]:

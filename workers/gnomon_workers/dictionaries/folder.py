@@ -12,11 +12,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from gnomon.errors import NotFound
 from gnomon_storage.digests import fast_digest
 from gnomon_storage.location import Location
 
 MANIFEST: Final = "gnomon.json"
 FORMAT: Final = "gnomon-dictionary-1"
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _ATTEMPT: Final = re.compile(r"^attempt-\d{4}$")
 
 
@@ -28,6 +30,29 @@ def published(dictionary: Location) -> dict[str, Any] | None:
             record: dict[str, Any] = manifest.read_json()["record"]
             return record
     return None
+
+
+def is_published(folder: Location) -> bool:
+    """Whether an attempt's folder is a published dictionary."""
+    return folder.child(MANIFEST).is_file()
+
+
+def remove_unpublished(dictionary: Location) -> None:
+    """Delete what attempts left that did not come to publish a dictionary; none may be at work any more."""
+    for name in filter(_ATTEMPT.match, dictionary.list()):
+        if not is_published(dictionary.child(name)):
+            dictionary.child(name).delete()
+
+
+def published_digests(folder: Location) -> dict[str, str]:
+    """BLAKE2b-256 of the files of a published folder, hexadecimal, by name; empty where its manifest says nothing."""
+    try:
+        manifest = folder.child(MANIFEST).read_json()
+    except NotFound:
+        return {}
+    found = manifest.get("blake2b") if isinstance(manifest, dict) else None
+    known = found.items() if isinstance(found, dict) else ()
+    return {str(name): digest for name, digest in known if isinstance(digest, str) and _DIGEST.fullmatch(digest)}
 
 
 def publish(

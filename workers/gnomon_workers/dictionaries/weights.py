@@ -1,4 +1,4 @@
-"""The weights of a trained dictionary, written shard by shard into a mapped file: no process ever holds a whole matrix.
+"""The weights of a trained dictionary, written into a mapped file some features at a time: no process holds a matrix.
 
 The scaling of the inputs is folded into biases and threshold; the weights stay as they are, so <w, d> = 1 holds in the
 export too. Hooks of different scales, in crosscoders and transcoders, have theirs folded into the weights as well.
@@ -21,6 +21,8 @@ from gnomon_workers.checkpoints.format import Checkpoint, Shard, open_shard
 from gnomon_workers.sae.plan import HookRows, TrainPlan
 
 WEIGHTS: Final = "sae_weights.safetensors"
+_BLOCK_ELEMENTS: Final = 1 << 24
+"""Weights of a feature's encoder and decoder that are held at once: 64 MB in float32, and as much again scaled."""
 _VECTORS: Final[dict[Kind, tuple[str, ...]]] = {
     "topk": ("b_enc",),
     "standard": ("b_enc",),
@@ -74,37 +76,61 @@ def exported_kind(activation: Activation) -> Kind:
 def _copy_shard(
     tensors: dict[str, Array], source: Any, shard: Shard, plan: TrainPlan, state: Mapping[str, float]
 ) -> None:
-    """Copy a shard's features, with the scaling of inputs and outputs folded in.
+    names = frozenset(source.keys())
+    n_block = max(1, _BLOCK_ELEMENTS // (plan.d_in + plan.d_out))
+    for start in range(shard.start, shard.stop, n_block):
+        rows = slice(start, min(start + n_block, shard.stop))
+        stored = _Stored(source, names, slice(rows.start - shard.start, rows.stop - shard.start))
+        _copy_rows(tensors, rows, stored, plan, state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Some features of a shard."""
+
+    source: Any
+    names: frozenset[str]
+    rows: slice
+    """Of the shard's own."""
+
+    def __call__(self, name: str) -> Array:
+        """Their part of a tensor that has a row for each feature."""
+        part: Array = self.source.get_slice(name)[self.rows].numpy()
+        return part
+
+
+def _copy_rows(
+    tensors: dict[str, Array], rows: slice, stored: _Stored, plan: TrainPlan, state: Mapping[str, float]
+) -> None:
+    """Copy some features, with the scaling of inputs and outputs folded in.
 
     Training has pre = w (s_in (x - m_in) - b_dec) + b_enc and x_hat = m_out + (f d + b_dec) / s_out. With features
     divided by c, the output scale, raw weights are s_in w / c and c d / s_out: of one hook they are w and d, whatever
     its scale. The means go into b_dec; of a transcoder, whose encoder does not see b_dec, m_in goes into its biases.
     """
     c = plan.output_scale
-    names = set(source.keys())
-    rows = slice(shard.start, shard.stop)
-    W_dec = source.get_tensor("W_dec").numpy()
-    W_enc_rows = source.get_tensor("W_enc_rows").numpy() if "W_enc_rows" in names else W_dec
+    W_dec = stored("W_dec")
+    W_enc_rows = stored("W_enc_rows") if "W_enc_rows" in stored.names else W_dec
     written = plan.inputs if plan.target is None else (plan.target,)
     outputs = _scales(written)
     tensors["W_dec"][rows] = W_dec * (c / outputs)
     raw_W_enc = W_enc_rows * (_scales(plan.inputs) / c)
     tensors["W_enc"][:, rows] = raw_W_enc.T
-    tensors["b_dec"][:] = _means(written) + source.get_tensor("b_dec").numpy() / outputs
+    tensors["b_dec"][:] = _means(written) + stored.source.get_tensor("b_dec").numpy() / outputs
     shift = np.zeros(len(raw_W_enc)) if plan.target is None else raw_W_enc.astype(np.float64) @ _means(plan.inputs)
-    b_enc = source.get_tensor("b_enc").numpy() / np.float32(c) - shift
+    b_enc = stored("b_enc") / np.float32(c) - shift
     match exported_kind(plan.spec.activation):
         case "gated":
-            r_mag = source.get_tensor("r_mag").numpy()
+            r_mag = stored("r_mag")
             # the stored encoder is the magnitude's, SAELens' is the gate's
             tensors["W_enc"][:, rows] *= np.exp(-r_mag)
             tensors["r_mag"][rows] = r_mag
             tensors["b_mag"][rows] = b_enc
-            tensors["b_gate"][rows] = source.get_tensor("b_gate").numpy() / np.float32(c) - np.exp(-r_mag) * shift
+            tensors["b_gate"][rows] = stored("b_gate") / np.float32(c) - np.exp(-r_mag) * shift
         case "jumprelu":
             tensors["b_enc"][rows] = b_enc
-            learned = "log_threshold" in names
-            threshold = np.exp(source.get_tensor("log_threshold").numpy()) if learned else state["threshold"]
+            learned = "log_threshold" in stored.names
+            threshold = np.exp(stored("log_threshold")) if learned else state["threshold"]
             tensors["threshold"][rows] = threshold / c
         case _:
             tensors["b_enc"][rows] = b_enc

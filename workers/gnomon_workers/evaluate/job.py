@@ -18,9 +18,10 @@ from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
 from gnomon_workers.dictionaries.folder import published
-from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, alignment_of, total
+from gnomon_workers.evaluate.dictionaries import alignment_of, read_config
+from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, total
 from gnomon_workers.evaluate.patching import Hooks
-from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker, load_dictionary
+from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment
@@ -51,9 +52,8 @@ def run_evaluate(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any
         raise NotFound(f"no published dictionary {spec.dictionary!r} at {place.url}", code="dictionary_not_found")
     folder = Location.open(record["location"])
     measured = run_evaluation(assignment, reporter, folder, spec.evaluation)
-    dictionary = load_dictionary(folder)
     rates: dict[str, float | None] = {"evaluate": measured.tokens_per_s}
-    metrics = measured.metrics.also(DictionaryMetrics(alignment=alignment_of(dictionary), tokens_per_s=rates))
+    metrics = measured.metrics.also(DictionaryMetrics(alignment=alignment_of(folder), tokens_per_s=rates))
     return EvaluateResult(dictionary_id=spec.dictionary, metrics=metrics).model_dump(mode="json")
 
 
@@ -68,7 +68,7 @@ def run_evaluation(
     has_logits = store.manifest.model.get("kind_of_model", "causal") == "causal"
     devices = Devices.of_cluster()
     n_workers = devices.n_members if devices.use_gpu else min(N_CORES, devices.n_members)
-    config = load_dictionary(folder).cfg
+    config = read_config(folder)
     task = EvaluateTask(
         store=store.location.url,
         dictionary=folder.url,

@@ -12,14 +12,13 @@ With x an activation, x_hat its reconstruction, and sums over all held-out activ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from gnomon.dictionary import Dictionary
 from gnomon.metrics import AlignmentMetrics, DensityHistogram, DictionaryMetrics, Histogram, RowFvu
 
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -184,21 +183,20 @@ class PatchSums:
         )
 
 
-def alignment_of(dictionary: Dictionary) -> AlignmentMetrics | None:
-    """Alignment scores of a dictionary; None for a transcoder, whose encoder and decoder live in different spaces."""
-    if dictionary.cfg.is_transcoder:
-        return None
-    return alignment_metrics(dictionary.magnitude_encoder(), dictionary.W_dec)
-
-
 def alignment_metrics(W_enc: Tensor, W_dec: Tensor) -> AlignmentMetrics:
-    """Alignment scores <w, d> of W_enc (d_in, d_sae) and W_dec (d_sae, d_in), from the weights alone.
+    """Alignment scores <w, d> of W_enc (d_in, d_sae) and W_dec (d_sae, d_in), from the weights alone."""
+    starts = range(0, len(W_dec), _BLOCK)
+    return alignment_of_blocks((W_enc[:, start : start + _BLOCK], W_dec[start : start + _BLOCK]) for start in starts)
 
-    In float64, a block of features at a time: whole, that would take three times the memory of the weights.
+
+def alignment_of_blocks(blocks: Iterable[tuple[Tensor, Tensor]]) -> AlignmentMetrics:
+    """The same of the columns (d_in, n) and rows (n, d_in) of some features at a time.
+
+    In float64: of all features at once, that would take three times the memory of the weights.
     """
     parts = []
-    for start in range(0, len(W_dec), _BLOCK):
-        w, d = W_enc[:, start : start + _BLOCK].t().double(), W_dec[start : start + _BLOCK].double()
+    for columns, rows in blocks:
+        w, d = columns.t().double(), rows.double()
         parts.append(torch.stack([(w * d).sum(1), w.norm(dim=1), d.norm(dim=1)]))
     scores, encoder_norms, decoder_norms = torch.cat(parts, dim=1)
     quantiles = torch.quantile(scores[: 1 << 24], torch.tensor(list(_QUANTILES.values()), dtype=torch.float64))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gnomon.dictionary import Dictionary, load_folder
+from gnomon.dictionary import Dictionary
 from gnomon.specs import Evaluation, HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentInfo
+from gnomon_workers.evaluate.dictionaries import load_dictionary
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, total
 from gnomon_workers.evaluate.patching import Hooks, patch_sums
 from gnomon_workers.models.loading import load_model
@@ -80,16 +79,6 @@ class EvaluateWorker:
 
     def _advance(self, n_tokens: int) -> None:
         self._done += n_tokens
-
-
-def load_dictionary(folder: Location) -> Dictionary:
-    """A dictionary from its folder, downloaded first where it is remote."""
-    path = folder.local_path()
-    if path is not None:
-        return load_folder(path)
-    with tempfile.TemporaryDirectory(prefix="gnomon-dictionary-") as temp:
-        folder.download(Path(temp))
-        return load_folder(Path(temp))
 
 
 @torch.inference_mode()

@@ -7,8 +7,6 @@ the folder loads in a second ever after. Weights are written in float32, so that
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +22,7 @@ from gnomon_workers.models import gguf_llama
 from gnomon_workers.models.cache import cache_dir
 from gnomon_workers.models.gguf_header import parse_gguf
 from gnomon_workers.models.tokenizers import begins_with_bos
+from gnomon_workers.runtime.scratch import scratch_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _CONVERTER_VERSION: Final = 2
@@ -39,16 +38,13 @@ def gguf_folder(path: Path) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    try:
+    with scratch_folder(target.parent, prefix=".converting-") as temp:
         _convert(path, temp)
         try:
             temp.rename(target)
         except OSError:
             if not target.exists():  # else another process was first, with the same bytes
                 raise
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return target
 
 

@@ -11,18 +11,17 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final, Self
 
 from gnomon.errors import InvalidRequest, Unavailable
 from gnomon_storage.digests import combine
 from gnomon_workers.models.cache import cache_dir
+from gnomon_workers.runtime.scratch import scratch_folder
 
 Shapes = Mapping[str, tuple[int, ...]]
 LONGEST_S: Final = 300.0
@@ -115,9 +114,9 @@ def _found(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         found = _build(question)
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            json.dump(found, file)
-        Path(file.name).rename(kept)
+        with scratch_folder(kept.parent, prefix=".writing-") as folder:
+            (folder / kept.name).write_text(json.dumps(found))
+            (folder / kept.name).rename(kept)
     return found
 
 

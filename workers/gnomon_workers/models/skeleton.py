@@ -10,10 +10,8 @@ import json
 import os
 import resource
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gnomon_workers.models.modules import Skeleton, is_causal
+from gnomon_workers.runtime.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -65,8 +64,8 @@ def build(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> t
 
     auto: Any = AutoModelForCausalLM if is_causal(config) else AutoModel
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+    with scratch_folder() as folder:
+        (folder / "config.json").write_text(json.dumps(config))
         with _refused("config.json is not one that Transformers reads"):
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with _refused("no model can be built of its config"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -36,12 +37,14 @@ class WorkerLost(Exception):
 class Reporter:
     """Reports of one attempt, numbered from 1; safe to use from several threads.
 
-    Reports are kept until the attempt ends: a dispatcher that comes back asks again from the last one it stored.
+    Reports are kept until whoever asks has stored them: a dispatcher that comes back asks again from the last one it
+    stored.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._reports: list[Report] = []
+        self._reports: deque[Report] = deque()
+        self._last_seq = 0
         self._cancelled = threading.Event()
         self._phase = PhaseBegan(phase="")
         self._phase_began = self._progress_due = 0.0
@@ -63,7 +66,8 @@ class Reporter:
     def _add(self, kind: str, data: Mapping[str, Any]) -> None:
         with self._lock:
             self._n_kept += kind == CheckpointSaved.kind or (kind == SegmentCommitted.kind and not data["kept"])
-            self._reports.append(Report(seq=len(self._reports) + 1, kind=kind, data=data))
+            self._last_seq += 1
+            self._reports.append(Report(seq=self._last_seq, kind=kind, data=data))
 
     def phase(self, name: str, *, total: int | None, unit: str, variant: str = "") -> None:
         """Enter a phase: "harvest", "train", "evaluate" or "export"; the last two may be of one variant of several."""
@@ -102,9 +106,15 @@ class Reporter:
         self.check_cancelled()
 
     def after(self, seq: int) -> tuple[Report, ...]:
-        """Reports with a number above seq, oldest first."""
+        """Reports with a number above seq, oldest first, as far as they were not acknowledged."""
         with self._lock:
-            return tuple(self._reports[seq:])
+            return tuple(report for report in self._reports if report.seq > seq)
+
+    def acknowledge(self, seq: int) -> None:
+        """Forget the reports up to seq: they are stored where nobody asks for them again."""
+        with self._lock:
+            while self._reports and self._reports[0].seq <= seq:
+                self._reports.popleft()
 
     def cancel(self) -> None:
         """Ask the job to stop at its next check."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -13,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from gnomon.events import EventData, ProfileWritten
 from gnomon_storage.backends import mapped_errors
 from gnomon_storage.location import Location
+from gnomon_workers.runtime.scratch import scratch_folder
 
 SKIPPED_STEPS: Final = 10
 """Steps of an attempt before the trace: the first ones allocate, compile and fill caches."""
@@ -45,8 +44,8 @@ class StepProfile:
         if self._profile is None:
             return
         self._profile.stop()
-        with tempfile.TemporaryDirectory(prefix="gnomon-profile-") as temp:
-            local = Path(temp) / "trace.json.gz"
+        with scratch_folder() as folder:
+            local = folder / "trace.json.gz"
             with mapped_errors(str(local)):
                 self._profile.export_chrome_trace(str(local))
             self._place.upload(local)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +12,6 @@ from typing import Any, Final
 
 import torch
 
-from gnomon.dictionary import load_folder
 from gnomon.errors import Unavailable
 from gnomon.events import Logged
 from gnomon.metrics import DictionaryMetrics
@@ -27,10 +25,11 @@ from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.dictionaries.folder import publish
 from gnomon_workers.dictionaries.saelens import saelens_config, write_sparsity
 from gnomon_workers.dictionaries.weights import WEIGHTS, write_weights
+from gnomon_workers.evaluate.dictionaries import alignment_of_files
 from gnomon_workers.evaluate.job import Measured, run_evaluation
-from gnomon_workers.evaluate.metrics import alignment_of
 from gnomon_workers.runtime.faults import own_fault
 from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.runtime.scratch import scratch_folder
 from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.train.run import Training, TrainRun
 
@@ -58,13 +57,13 @@ def export(
     """Publish the dictionary of a finished training; returns its record.
 
     The weights are uploaded first and once, so that what is evaluated is what users will read; the manifest comes last.
+    The weights are written, uploaded and looked at some features at a time: this process may have little memory.
     An evaluation that cannot be made leaves its metrics out, with the reason: what was trained is published anyway.
     """
     plan = training.plan
     origin = _Origin(run, training, ActivationStore.open(run.store).manifest)
     folder = training.dictionary.child(attempt_name(run.assignment.attempt))
-    with tempfile.TemporaryDirectory(prefix="gnomon-export-") as temp:
-        local = Path(temp)
+    with scratch_folder() as local:
         facts = write_weights(local / WEIGHTS, plan, checkpoint, training.checkpoints)
         n_tokens = checkpoint.step * plan.spec.batch_size
         is_known = n_tokens >= plan.spec.dead_window
@@ -79,8 +78,7 @@ def export(
             if measured.firing_frequency is not None:
                 write_sparsity(local / "sparsity.safetensors", torch.from_numpy(measured.firing_frequency))
             metrics = metrics.also(measured.metrics)
-        dictionary = load_folder(local)
-        metrics = metrics.also(DictionaryMetrics(alignment=alignment_of(dictionary), tokens_per_s=rates))
+        metrics = metrics.also(DictionaryMetrics(alignment=alignment_of_files(local), tokens_per_s=rates))
         reporter.phase("export", total=None, unit="files", variant=training.variant)
         _write_config(local, origin, metrics)
         _write_provenance(local, origin, checkpoint, metrics)

@@ -70,7 +70,8 @@ class TrainRank:
         return time.monotonic() - self._progressed
 
     def reports(self, after: int) -> tuple[Report, ...]:
-        """Reports of this rank with a number above `after`."""
+        """Reports of this rank with a number above `after`; the supervisor has the others, and they are forgotten."""
+        self._reporter.acknowledge(after)
         return self._reporter.after(after)
 
     @answers

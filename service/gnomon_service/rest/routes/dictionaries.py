@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from http import HTTPStatus
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from gnomon.errors import NotFound
 from gnomon.resources import DictionaryRecord, Page
 from gnomon_service.db import reads
 from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep
+from gnomon_service.rest.problems import make_problem
+from gnomon_service.rest.ranges import Span, digest_headers, is_known, range_of, span_of
 from gnomon_storage.location import Location
+from gnomon_workers.dictionaries.folder import published_digests
 
 router = APIRouter(prefix="/v1/dictionaries", tags=["dictionaries"])
 
@@ -35,8 +39,11 @@ def read_dictionary(dictionary_id: Id, principal: Reader, services: ServicesDep)
 
 
 @router.get("/{dictionary_id}/files/{name:path}", response_class=StreamingResponse)
-def read_file(dictionary_id: Id, name: str, principal: Reader, services: ServicesDep) -> Response:
-    """One file of a dictionary; only names that the dictionary lists."""
+def read_file(dictionary_id: Id, name: str, principal: Reader, services: ServicesDep, request: Request) -> Response:
+    """One file of a dictionary, or with `Range: bytes=...` a part of it; only names that the dictionary lists.
+
+    `ETag` and `Repr-Digest` hold its BLAKE2b-256 digest. `If-Range` and `If-None-Match` are understood.
+    """
     with services.database.read() as connection:
         dictionary = reads.read_dictionary(connection, principal.project, dictionary_id)
     n_bytes = dictionary.files.get(name)
@@ -47,18 +54,38 @@ def read_file(dictionary_id: Id, name: str, principal: Reader, services: Service
         )
     # The path is made of the row's own location and of the name as the row has it, never of the request's text.
     listed = next(known for known in dictionary.files if known == name)
-    file = Location.open(dictionary.location).child(listed)
-    headers = {
-        "Content-Length": str(n_bytes),
-        "Content-Disposition": "attachment",
-        "X-Content-Type-Options": "nosniff",
-    }
-    first = file.read_range(0, min(_RANGE_BYTES, n_bytes))
-    chunks = _chunks(file, first, n_bytes)
-    return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+    folder = Location.open(dictionary.location)
+    digest = published_digests(folder).get(listed)
+    identity = {**digest_headers(digest), "X-Content-Type-Options": "nosniff"}
+    if is_known(request.headers, digest):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=identity)
+    span = span_of(range_of(request.headers, digest), n_bytes)
+    if span is None:
+        return _no_such_range(listed, n_bytes)
+    return _stream(folder.child(listed), span, {**identity, "Content-Disposition": "attachment"})
 
 
-def _chunks(file: Location, first: bytes, n_bytes: int) -> Iterator[bytes]:
+def _no_such_range(name: str, n_bytes: int) -> Response:
+    return make_problem(
+        HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+        "range_not_satisfiable",
+        f"{name!r} has {n_bytes} bytes, and none in the range that was asked for; ask for the whole file",
+        headers={"Content-Range": f"bytes */{n_bytes}"},
+    )
+
+
+def _stream(file: Location, span: Span, headers: dict[str, str]) -> Response:
+    """A part of a file, a few megabytes of it in memory at a time."""
+    first = file.read_range(span.start, min(span.start + _RANGE_BYTES, span.stop))  # NotFound before anything is sent
+    return StreamingResponse(
+        _chunks(file, first, span),
+        status_code=HTTPStatus.OK if span.is_whole else HTTPStatus.PARTIAL_CONTENT,
+        media_type="application/octet-stream",
+        headers={**headers, **span.headers()},
+    )
+
+
+def _chunks(file: Location, first: bytes, span: Span) -> Iterator[bytes]:
     yield first
-    for start in range(_RANGE_BYTES, n_bytes, _RANGE_BYTES):
-        yield file.read_range(start, min(start + _RANGE_BYTES, n_bytes))
+    for start in range(span.start + _RANGE_BYTES, span.stop, _RANGE_BYTES):
+        yield file.read_range(start, min(start + _RANGE_BYTES, span.stop))
