@@ -18,8 +18,8 @@ from gnomon_service.rest.metrics import Metrics, RequestMetrics
 from gnomon_service.rest.problems import add_problem_handlers
 from gnomon_service.rest.routes import activations, cluster, dictionaries, health, jobs, keys
 from gnomon_service.settings import Settings
+from gnomon_service.storage_root import make_storage_root
 from gnomon_service.tenancy.keys import Keys
-from gnomon_storage.location import Location
 
 
 def make_app(settings: Settings) -> FastAPI:
@@ -69,10 +69,3 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_middleware(KeyGate, keys=services.keys)
     app.add_middleware(RequestMetrics, metrics=app.state.metrics)
     return app
-
-
-def make_storage_root(settings: Settings) -> None:
-    """Create the folder of a local storage root; other roots exist or are reported by /readyz."""
-    local = Location.open(settings.storage_root).local_path()
-    if local is not None:
-        local.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from gnomon_service import storage_root
 from gnomon_service.db.engine import Database
 from gnomon_service.rest.event_stream import EventStream
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
@@ -433,6 +434,12 @@ def test_a_store_that_is_gone_makes_the_service_not_ready(service: Service) -> N
     (service.settings.home / "store").rmdir()
     answer = service.client("").get("/readyz")
     assert (answer.status_code, answer.json()["store"]) == (503, "unavailable")
+
+
+def test_a_full_disk_makes_the_service_not_ready(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_root, "LEAST_FREE_BYTES", 1 << 62)
+    answer = service.client("").get("/readyz")
+    assert (answer.status_code, answer.json()["store"]) == (503, "full")
 
 
 def test_a_store_that_hangs_stops_nobody(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,20 @@ def test_cancel_kills_after_the_grace(scene: Scene) -> None:
     assert scene.cluster.attempts == {}
 
 
+def test_a_job_whose_supervisor_stands_still_is_cancelled_too(scene: Scene) -> None:
+    job = scene.bench.submit()
+    scene.turn()
+    scene.cluster.only.is_silent = True
+    scene.bench.queue.cancel(PROJECT, job.id)
+    scene.turn()
+    assert scene.cluster.only.cancel_asked
+    assert scene.bench.job(job.id).state == "running"
+    scene.time_s += 5.1
+    scene.turn()
+    assert scene.bench.job(job.id).state == "cancelled"
+    assert scene.cluster.attempts == {}
+
+
 def test_a_deadline_stops_a_running_job(scene: Scene) -> None:
     job = scene.bench.submit(deadline_s=1)
     scene.turn()

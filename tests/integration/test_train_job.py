@@ -339,6 +339,10 @@ def test_a_stopped_supervisor_is_given_up_in_the_end(
             doubts.append(str(error))
             return False
 
+    with pytest.raises(ClusterUnreachable):
+        cluster.poll(task.job_id, task.attempt, 0)
+    # who was silent once is not waited for again: all other jobs would wait with it
+    monkeypatch.setattr(clusters, "ANSWER_S", 3600.0)
     wait_until(is_given_up, "the end of doubt")
     assert len(doubts) >= 2
     wait_until(lambda: not pids_of("Supervisor"), "the end of the stopped supervisor")

@@ -26,6 +26,8 @@ class Attempt:
     reports: list[Report] = field(default_factory=list)
     outcome: Outcome | None = None
     cancel_asked: bool = False
+    is_silent: bool = False
+    """Its supervisor stands still, while the cluster answers."""
 
     def report(self, kind: str, **data: Any) -> None:
         """Say something."""
@@ -66,6 +68,8 @@ class MemoryCluster:
         known = self.attempts.get((job_id, attempt))
         if known is None:
             return None
+        if known.is_silent:
+            raise ClusterUnreachable("the supervisor does not answer")
         return Poll(reports=tuple(known.reports[after:]), outcome=known.outcome)
 
     def cancel(self, job_id: str, attempt: int) -> None:

@@ -25,8 +25,8 @@ ROOMS = {
         "models", "runtime",
     ],
     "gnomon_service": [
-        "__main__", "commands", "app", "rest", "local", "planning", "dispatch", "jobs", "tenancy", "db", "settings",
-        "logs",
+        "__main__", "commands", "app", "rest", "local", "planning", "dispatch", "jobs", "tenancy", "db",
+        "storage_root", "settings", "logs",
     ],
 }  # fmt: skip
 MAX_ROOMS = 13

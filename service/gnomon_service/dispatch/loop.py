@@ -163,7 +163,13 @@ class Dispatcher:
         run.is_started = True
 
     def _watch(self, run: _Run, wish: Wish) -> None:
-        poll = self.cluster.poll(run.lease.job_id, run.lease.attempt, run.last_seq)
+        is_cancelled = wish.cancel_requested or run.cancelled_at is not None
+        try:
+            poll = self.cluster.poll(run.lease.job_id, run.lease.attempt, run.last_seq)
+        except ClusterUnreachable:
+            if is_cancelled:
+                self._stop(run)  # a supervisor that stands still cannot keep its job from being cancelled
+            raise
         if poll is None:
             self._lose(run, "the cluster no longer knows the attempt")
             return
@@ -171,8 +177,8 @@ class Dispatcher:
             reports = [(report.seq, report.kind, report.data) for report in poll.reports]
             run.last_seq = self.leases.record(run.lease, reports)
         if poll.outcome is not None:
-            self._settle(run, poll.outcome, is_cancelled=wish.cancel_requested or run.cancelled_at is not None)
-        elif wish.cancel_requested or run.cancelled_at is not None:
+            self._settle(run, poll.outcome, is_cancelled=is_cancelled)
+        elif is_cancelled:
             self._stop(run)
 
     def _stop(self, run: _Run) -> None:

@@ -25,6 +25,7 @@ from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.local.processes import MARKER, Child, ChildProcesses, accepts_connections, free_port, sweep
 from gnomon_service.local.ray_head import HOST, LocalRay, without_ray
 from gnomon_service.settings import Settings
+from gnomon_service.storage_root import check_within, make_storage_root
 from gnomon_service.tenancy.keys import DEFAULT_PROJECT, SCOPES, Keys
 
 CLIENT_FILE = "client.json"
@@ -32,6 +33,8 @@ CLIENT_FILE = "client.json"
 _STATE_FILE = "up.json"
 _LOCK_FILE = "up.lock"
 _START_S = 300.0
+_STORAGE_S = 20.0
+"""Longest wait for a first word of the object store: a wrong address or key shows by then."""
 
 
 class Embedded:
@@ -69,6 +72,8 @@ class Embedded:
     # ------------------------------------------------------------------------------------------ start
 
     def _start(self) -> None:
+        make_storage_root(self.settings)
+        check_within(self.settings, _STORAGE_S)
         port = self._choose_port()
         self.url = f"http://{_reachable(self.settings.host)}:{port}"
         environment = without_ray(os.environ) | self._settings_environment(port) | {MARKER: self._marker}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
 import ray
@@ -15,12 +16,20 @@ from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, Poll
 
 ANSWER_S: Final = 15.0
-"""Longest wait for a supervisor's answer before the cluster counts as unreachable."""
+"""Longest wait for a supervisor's answer before it counts as silent; it then holds up no other job any more."""
 START_S: Final = 180.0
 """Longest wait for a new supervisor: a fresh worker process imports torch first, and a machine may be busy."""
-SILENT_S: Final = 120.0
+SILENT_S: Final = 45.0
 """A supervisor that does not answer for this long, on a cluster that does, is stopped for good: it is killed."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Silent:
+    """A supervisor that was asked and has not answered; it is not asked again, but looked whether it has."""
+
+    asked: Any
+    since: float
 
 
 class RayCluster:
@@ -28,7 +37,7 @@ class RayCluster:
 
     def __init__(self, *, namespace: str) -> None:
         self._namespace = namespace
-        self._silent_since: dict[str, float] = {}
+        self._silent: dict[str, _Silent] = {}
 
     @classmethod
     def connect(cls, *, address: str | None, namespace: str) -> Self:
@@ -72,17 +81,22 @@ class RayCluster:
         if supervisor is None:
             return None
         name = _name(job_id, attempt)
+        silent = self._silent.get(name)
+        asked = silent.asked if silent else supervisor.poll.remote(after)
         try:
-            poll: Poll = self._answering(lambda: ray.get(supervisor.poll.remote(after), timeout=ANSWER_S))
+            poll: Poll = self._answering(lambda: ray.get(asked, timeout=0.0 if silent else ANSWER_S))
         except RayActorError:
+            self._silent.pop(name, None)
             return None
         except ClusterUnreachable:
             self.snapshot()  # the cluster answers, so it is this supervisor that does not
-            if time.monotonic() - self._silent_since.setdefault(name, time.monotonic()) < SILENT_S:
+            silent = self._silent.setdefault(name, _Silent(asked=asked, since=time.monotonic()))
+            if time.monotonic() - silent.since < SILENT_S:
                 raise
             self._answering(lambda: ray.kill(supervisor))
+            self._silent.pop(name, None)
             return None
-        self._silent_since.pop(name, None)
+        self._silent.pop(name, None)
         return poll
 
     def cancel(self, job_id: str, attempt: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Final
 
@@ -14,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from gnomon.errors import GnomonError, StoreUnavailable
 from gnomon_service.db.reads import dispatcher_age_s
 from gnomon_service.rest.deps import Reader, Services, ServicesDep
-from gnomon_storage.location import Location
+from gnomon_service.storage_root import check_storage_root
 
 router = APIRouter(tags=["health"])
 
@@ -51,7 +50,7 @@ async def read_health() -> dict[str, str]:
 
 @router.get("/readyz")
 async def read_readiness(request: Request, response: Response) -> dict[str, str]:
-    """Whether requests can be served: 503 where the database or the store does not answer.
+    """Whether requests can be served: 503 where the database or the store does not answer, or the store is full.
 
     A dispatcher that was not seen lately is told, but jobs can still be submitted.
     """
@@ -86,10 +85,10 @@ def _dispatcher_state(services: Services) -> str:
 
 
 def _store_state(services: Services) -> str:
-    root = Location.open(services.settings.storage_root)
-    local = root.local_path()
-    if local is None:
-        Location.open(services.settings.project_root).exists()
-    elif not (local.is_dir() and os.access(local, os.W_OK)):
-        raise StoreUnavailable(f"the storage root {local} is not a folder that can be written to")
+    try:
+        check_storage_root(services.settings)
+    except StoreUnavailable as error:
+        if error.code != "store_full":
+            raise
+        return "full"
     return "ok"
