@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gnomon.dictionary import Dictionary, load_folder
 from gnomon.errors import InvalidRequest
-from gnomon.specs import Activation, Alignment, Gated, JumpReLU, ReLU, TopK, TrainSpec
+from gnomon.specs import Alignment, TrainSpec
 from gnomon_storage.location import Location
 from gnomon_workers.sae.plan import HookRows, TrainPlan, make_hook
 from gnomon_workers.train.saving import save_checkpoint
@@ -25,12 +25,6 @@ from tests.support.variants import FIELDS, VARIANTS
 N_BATCHES = 12
 WIDTHS = (24, 16)
 ALIGNMENTS: list[Alignment] = ["orth", "none", "scale", "stopgrad", "tied"]
-JOINT: dict[str, Activation] = {
-    "topk": TopK(k=5),
-    "jumprelu": JumpReLU(l0_coefficient=0.005, bandwidth=0.05, initial_threshold=0.05, warmup_steps=0),
-    "relu": ReLU(l1_coefficient=0.06),
-    "gated": Gated(l1_coefficient=0.06),
-}
 
 
 class Units:
@@ -124,14 +118,15 @@ def test_a_dictionary_does_not_depend_on_units(tmp_path: Path, name: str, alignm
     check(tmp_path, 1, activation=VARIANTS[name], alignment=alignment)
 
 
-@pytest.mark.parametrize("kind", JOINT)
-def test_a_crosscoder_does_not_depend_on_the_units_of_any_hook(tmp_path: Path, kind: str) -> None:
-    check(tmp_path, 2, activation=JOINT[kind])
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_crosscoder_does_not_depend_on_the_units_of_any_hook(tmp_path: Path, name: str, alignment: Alignment) -> None:
+    check(tmp_path, 2, activation=VARIANTS[name], alignment=alignment)
 
 
-@pytest.mark.parametrize("kind", JOINT)
-def test_a_transcoder_does_not_depend_on_the_units_of_either_hook(tmp_path: Path, kind: str) -> None:
-    check(tmp_path, 2, is_transcoder=True, activation=JOINT[kind], alignment="none")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_transcoder_does_not_depend_on_the_units_of_either_hook(tmp_path: Path, name: str) -> None:
+    check(tmp_path, 2, is_transcoder=True, activation=VARIANTS[name], alignment="none")
 
 
 @pytest.mark.parametrize("normalize", ["centred", "mean_squared_norm", "none"])
