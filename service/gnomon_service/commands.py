@@ -93,7 +93,11 @@ def api() -> None:
 
 
 @app.command()
-def dispatcher() -> None:
+def dispatcher(
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="On SIGTERM queue running jobs again: for a cluster that stops too.")
+    ] = False,
+) -> None:
     """Run the dispatcher process; SIGTERM leaves running jobs on the cluster for the next one."""
     from gnomon_service.db.engine import Database
     from gnomon_service.dispatch.cluster_state import Observations
@@ -124,6 +128,7 @@ def dispatcher() -> None:
         observations=Observations(database),
         cluster=cluster,
         settings=settings,
+        is_clusters_end=requeue,
         owner=f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}",
     )
     with Collector(database, settings.project_root).running():

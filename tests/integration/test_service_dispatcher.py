@@ -239,6 +239,22 @@ def test_a_job_whose_supervisor_stands_still_is_cancelled_too(scene: Scene) -> N
     assert scene.cluster.attempts == {}
 
 
+def test_a_clean_stop_of_dispatcher_and_cluster_is_no_loss(scene: Scene) -> None:
+    """However often: five losses in a row would fail the job."""
+    job = scene.bench.submit(max_attempts=2)
+    scene.dispatcher.is_clusters_end = True
+    for _ in range(4):
+        scene.turn()
+        assert scene.bench.job(job.id).state == "running"
+        scene.dispatcher.hand_back()
+        scene.cluster.attempts.clear()
+        assert scene.bench.job(job.id).state == "queued"
+    scene.turn()
+    scene.bench.queue.cancel(PROJECT, job.id)
+    scene.dispatcher.hand_back()
+    assert scene.bench.job(job.id).state == "cancelled"
+
+
 def test_a_deadline_stops_a_running_job(scene: Scene) -> None:
     job = scene.bench.submit(deadline_s=1)
     scene.turn()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, ClusterUnreachable, Outcome, Report, dictionary_ids
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
+from gnomon_workers.train import job as train_job
 from gnomon_workers.train.job import train_gang
+from gnomon_workers.train.rank import Meeting
 from gnomon_workers.train.run import resolve
 from tests.support.checkpoints import latest_whole
 from tests.support.own_processes import own_pids
@@ -299,6 +302,30 @@ def test_a_stopped_rank_is_noticed_and_the_gang_rebuilt(
     assert len(wanted) == 40 and set(seen) == set(wanted.items()) and len(seen) > 40
     assert (final.step, final.state) == (40, whole.final().state)
     assert [shard.digest for shard in final.shards] == [shard.digest for shard in whole.final().shards]
+
+
+def test_a_gang_that_lives_and_gets_nowhere_is_given_up(
+    cluster: RayCluster, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a read that never ends: the rank's process answers, its training does not go on, and no peer waits."""
+    monkeypatch.setattr(train_job, "SILENT_S", 5.0)
+    monkeypatch.setenv(failpoints.VARIABLE, "step.before@rank=0,hit=25:hang")
+    mesh = {"dp": 1, "features": 1}
+    run = resolve(assignment(root, "job_hangs", mesh=mesh, token_budget=64 * 40, checkpoint_every=10))
+    with pytest.raises(WorkerLost, match="no rank has got on for"):
+        train_gang(run, Reporter())
+    assert not rank_pids(), "the rank stays behind"
+
+
+def test_ranks_meet_on_their_own_interface_alone() -> None:
+    """Whoever reaches the store of a meeting may write there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = Meeting.at(f"127.0.0.1:{port}", rank=0, n_ranks=2)
+    ears = {each.laddr.ip for each in psutil.Process().net_connections("tcp") if each.laddr.port == port}
+    assert ears == {"127.0.0.1"}
+    assert meeting.store is not None
+    assert Meeting.at(f"127.0.0.1:{port}", rank=1, n_ranks=2).store is not None
 
 
 def test_an_error_of_one_rank_ends_the_gang_at_once(

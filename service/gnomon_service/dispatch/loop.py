@@ -54,6 +54,8 @@ class Dispatcher:
     settings: Settings
     owner: str
     """Unlike that of any other dispatcher, past or present."""
+    is_clusters_end: bool = False
+    """Whether the cluster stops when this dispatcher does: its jobs are then queued again, and not left to another."""
     clock: Callable[[], float] = time.monotonic
     _runs: dict[str, _Run] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -111,10 +113,11 @@ class Dispatcher:
                 continue  # the next write of the loop meets it too, and acts on it
 
     def hand_back(self) -> None:
-        """Let go of every lease at once; the gangs go on and are adopted."""
+        """Let go of every lease at once; the gangs go on and are adopted, unless the cluster stops too."""
+        give = self.leases.put_back if self.is_clusters_end else self.leases.hand_back
         for run in self._held_runs():
             try:
-                self.leases.hand_back(run.lease)
+                give(run.lease)
             except (LeaseLost, Unavailable) as error:
                 logger.warning("lease not handed back", extra={"job_id": run.lease.job_id, "reason": str(error)})
             self._drop(run)

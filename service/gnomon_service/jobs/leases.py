@@ -115,6 +115,16 @@ class Leases:
             if not connection.execute(statement).rowcount:
                 raise _lost(connection, lease)
 
+    def put_back(self, lease: Lease) -> None:
+        """Queue the job again at once, as its gang ends with the cluster that ran it; that is no loss of the job's."""
+        with self._database.write() as connection:
+            row = self._check(connection, lease)
+            if row["cancel_requested"]:
+                end(connection, _fence(lease), "cancelled", code="cancelled", message=BY_USER)
+                return
+            n_losses = row["n_losses"]
+            requeue(connection, _fence(lease), message="the service was stopped", delay_s=0.0, n_losses=n_losses)
+
     def mark_running(self, lease: Lease) -> None:
         """Note that the attempt was started on the cluster; harmless if that was noted before."""
         now = database_now()

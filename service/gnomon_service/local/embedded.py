@@ -88,6 +88,8 @@ class Embedded:
         else:
             environment |= {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
         argv = [sys.executable, "-m", "gnomon_service", "dispatcher"]
+        if self._ray is not None:
+            argv.append("--requeue")  # this Ray ends with us
         dispatcher = self._add("dispatcher", argv, environment, needs=head)
         self._wait_until(lambda: self._dispatcher_state() is not None, api)
         self._wait_until(lambda: self._dispatcher_state() == "ok", dispatcher)

@@ -2,9 +2,9 @@
 
     GNOMON_FAILPOINTS="checkpoint.before_manifest:kill; step.before@rank=3,hit=120:stop"
 
-Each entry names a place, then optionally the rank that it is meant for and the how-manieth passage, from 1, of that
-rank's process; then what happens: `kill` (SIGKILL), `stop` (SIGSTOP), or `raise` (the object store fails). A gang hands
-the variable to its members, and a rank reads it once, when it is made.
+Each entry names a place, then optionally the rank it is meant for and the how-manieth passage, from 1, of that rank's
+process; then what happens: `kill` (SIGKILL), `stop` (SIGSTOP), `hang` (this thread goes no further), or `raise` (the
+object store fails). A gang hands the variable to its members, and a rank reads it once, when it is made.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from gnomon.errors import StoreUnavailable
 
 VARIABLE: Final = "GNOMON_FAILPOINTS"
-Action = Literal["kill", "stop", "raise"]
-_ENTRY: Final = re.compile(r"^(?P<name>[a-z_.]+)(@(?P<where>[a-z0-9=,]+))?:(?P<action>kill|stop|raise)$")
+Action = Literal["kill", "stop", "hang", "raise"]
+_ENTRY: Final = re.compile(r"^(?P<name>[a-z_.]+)(@(?P<where>[a-z0-9=,]+))?:(?P<action>kill|stop|hang|raise)$")
 
 
 class Failpoint(StrEnum):
@@ -111,6 +111,8 @@ def _due(point: Failpoint) -> Action | None:
 def _act(point: Failpoint, action: Action) -> None:
     if action == "raise":
         raise StoreUnavailable(f"failpoint {point}: the object store fails here, as {VARIABLE} asks")
+    if action == "hang":
+        threading.Event().wait()
     os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
 
 
@@ -122,12 +124,11 @@ def _parse(text: str, rank: int) -> _Armed | None:
     """One entry, or None where it is meant for another rank."""
     match = _ENTRY.match(text)
     if match is None:
-        raise ValueError(f"{VARIABLE}: {text!r} is not name[@rank=R,hit=N]:kill|stop|raise")
+        raise ValueError(f"{VARIABLE}: {text!r} is not name[@rank=R,hit=N]:kill|stop|hang|raise")
     where = dict(part.split("=", 1) for part in (match["where"] or "").split(",") if part)
     if unknown := set(where) - {"rank", "hit"}:
         raise ValueError(f"{VARIABLE}: {text!r} has {sorted(unknown)}; there are rank and hit")
     point = Failpoint(match["name"])
     if int(where.get("rank", rank)) != rank:
         return None
-    action: Action = "kill" if match["action"] == "kill" else "stop" if match["action"] == "stop" else "raise"
-    return _Armed(point=point, action=action, passages_left=int(where.get("hit", "1")))
+    return _Armed(point=point, action=cast("Action", match["action"]), passages_left=int(where.get("hit", "1")))
