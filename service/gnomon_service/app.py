@@ -33,7 +33,7 @@ def make_app(settings: Settings) -> FastAPI:
         database=database,
         queue=Queue(database, project_root=settings.project_root),
         keys=Keys(database),
-        inspector=Inspector(),
+        inspector=Inspector(answer_s=settings.reading_s),
     )
 
     @asynccontextmanager

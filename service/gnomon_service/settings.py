@@ -68,6 +68,8 @@ class Settings(BaseSettings):
     """Deepest nesting of a request body."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Longest time a client may take to send a body."""
+    reading_s: Annotated[float, Field(gt=0)] = 20.0
+    """Longest time a submit waits while the model and text that it names are read; then it is told to ask again."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
 

@@ -20,6 +20,7 @@ from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench, train_spec
 WRITES: dict[str, Callable[[Leases, Lease], object]] = {
     "renew": lambda leases, lease: leases.renew(lease),
     "hand_back": lambda leases, lease: leases.hand_back(lease),
+    "put_back": lambda leases, lease: leases.put_back(lease),
     "mark_running": lambda leases, lease: leases.mark_running(lease),
     "record": lambda leases, lease: leases.record(lease, [(1, "log", {})]),
     "succeed": lambda leases, lease: leases.succeed(lease, STORE_RESULT),

@@ -57,7 +57,7 @@ class Service:
     def __init__(self, home: Path, **settings: Any) -> None:
         self.inputs = home / "inputs"
         write_inputs(self.inputs)
-        fields: dict[str, Any] = {"home": home, "input_roots": (str(self.inputs),), "poll_s": 0.02}
+        fields: dict[str, Any] = {"home": home, "input_roots": (str(self.inputs),), "poll_s": 0.02, "reading_s": 600}
         self.settings = Settings(**(fields | settings))
         self.app = make_app(self.settings)
         self.bench = Bench(Database(self.settings.database_url))

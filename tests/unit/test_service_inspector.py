@@ -32,7 +32,7 @@ def inputs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def inspector() -> Iterator[Inspector]:
-    made = Inspector()
+    made = Inspector(answer_s=600)
     yield made
     made.close()
 

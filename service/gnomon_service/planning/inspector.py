@@ -26,8 +26,6 @@ from gnomon_workers.harvest.inspection import SeenHarvest
 
 logger = logging.getLogger(__name__)
 
-ANSWER_S: Final = 20.0
-"""Longest that a request waits for an answer; clients wait 30 s for theirs."""
 ABANDONED_S: Final = 300.0
 """A look that no one has asked for any more in this time is given up."""
 N_PROCESSES: Final = 4
@@ -48,7 +46,7 @@ class _Inquiry:
 class Inspector:
     """The processes that look at foreign bytes; safe to ask from many threads."""
 
-    def __init__(self, *, answer_s: float = ANSWER_S, abandoned_s: float = ABANDONED_S) -> None:
+    def __init__(self, *, answer_s: float, abandoned_s: float = ABANDONED_S) -> None:
         self._answer_s = answer_s
         self._abandoned_s = abandoned_s
         self._lock = threading.Lock()
