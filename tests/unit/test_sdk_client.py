@@ -106,6 +106,15 @@ def test_submit_is_repeated_with_the_same_key_when_the_answer_is_lost(fault: Any
     assert len(keys) == 1
 
 
+def test_submit_waits_while_the_service_reads_what_it_names(caplog: pytest.LogCaptureFixture) -> None:
+    """More often than anything else is repeated: a large model takes minutes, and the service does the waiting."""
+    script = Script(*[problem(503, "still_reading", "has been reading for 20 s") for _ in range(9)], answer(job(), 201))
+    assert client_of(script).submit(HARVEST).id == JOB_ID
+    assert len({request.headers["Idempotency-Key"] for request in script.requests}) == 1
+    assert script.is_over
+    assert caplog.messages == ["has been reading for 20 s"] * 9
+
+
 def test_making_a_key_is_repeated_only_if_it_was_never_sent() -> None:
     lost = Script(httpx2.ReadError("reset"))
     with pytest.raises(errors.Unavailable):
