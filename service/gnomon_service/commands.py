@@ -74,6 +74,7 @@ def api() -> None:
 
     from gnomon_service.app import make_app
     from gnomon_service.logs import setup_logging
+    from gnomon_service.rest.connections import Connection
     from gnomon_service.settings import load_settings
 
     settings = load_settings()
@@ -84,6 +85,7 @@ def api() -> None:
         make_app(settings),
         host=settings.host,
         port=settings.port,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -11,15 +11,22 @@ import httpx2
 import pytest
 import uvicorn
 
+from gnomon_service.rest.connections import Connection
 from tests.support.service_api import Service, running_service
 from tests.support.service_jobs import STORE_RESULT
 from tests.support.waiting import LIMIT_S, wait_until
 
 
+class Hasty(Connection):
+    head_s = 1.0
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Service, str]]:
     with running_service(tmp_path, body_timeout_s=0.3) as service:
-        config = uvicorn.Config(service.app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            service.app, host="127.0.0.1", port=0, http=Hasty, log_config=None, timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -49,6 +56,34 @@ def test_a_stream_follows_a_job_and_resumes_where_it_broke(served: tuple[Service
     with httpx2.stream("GET", path, headers=headers | {"Last-Event-ID": "2"}, timeout=LIMIT_S) as answer:
         service.bench.leases.succeed(held.lease, STORE_RESULT)
         assert list(ids_of(answer)) == [3, 4, 5], "and then the stream ended by itself"
+
+
+@pytest.mark.parametrize("head", ["", "GET /healthz HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "half a head"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_connection_that_does_not_ask_is_closed(served: tuple[Service, str], head: str, is_first: bool) -> None:
+    _, url = served
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=LIMIT_S) as connection:
+        if not is_first:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in connection.recv(1000)
+        connection.sendall(head.encode())
+        answers = b""
+        while received := connection.recv(1000):
+            answers += received
+        assert b"HTTP/1.1 2" not in answers
+
+
+def test_an_answer_may_take_longer_than_a_request(served: tuple[Service, str]) -> None:
+    service, url = served
+    job = service.submit(service.harvest())
+    headers = {"Authorization": f"Bearer {service.key}", "Accept": "text/event-stream"}
+    with httpx2.stream("GET", f"{url}/v1/jobs/{job.id}/events", headers=headers, timeout=LIMIT_S) as answer:
+        ids = ids_of(answer)
+        assert next(ids) == 1
+        threading.Event().wait(2 * Hasty.head_s)
+        service.bench.claim()
+        assert next(ids) == 2
 
 
 def test_a_body_that_does_not_arrive_is_given_up(served: tuple[Service, str]) -> None:
