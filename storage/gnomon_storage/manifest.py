@@ -48,6 +48,8 @@ class SegmentCommit(Record):
     split: Split
     index: Count
     attempt: Count
+    life: Count = 0
+    """Workers that the attempt had lost and replaced before the one that wrote the segment began."""
     n_rows: Count
     n_contexts: Count
     n_tokens: Count
@@ -61,7 +63,7 @@ class SegmentCommit(Record):
     @property
     def path(self) -> str:
         """The segment's Zarr folder, relative to the store."""
-        return segment_path(self.split, self.index, self.attempt)
+        return segment_path(self.split, self.index, self.attempt, self.life)
 
 
 class SegmentInfo(Record):
@@ -134,9 +136,10 @@ def segment_name(index: int) -> str:
     return f"part-{index:05d}"
 
 
-def segment_path(split: Split, index: int, attempt: int) -> str:
-    """Zarr folder of a segment; the attempt in it keeps a stale worker away from a live one's files."""
-    return f"{split}/{segment_name(index)}.a{attempt:04d}.zarr"
+def segment_path(split: Split, index: int, attempt: int, life: int = 0) -> str:
+    """Zarr folder of a segment; attempt and life in it keep a stale worker away from a live one's files."""
+    written_by = f"a{attempt:04d}" + (f".l{life:04d}" if life else "")
+    return f"{split}/{segment_name(index)}.{written_by}.zarr"
 
 
 def parse_manifest(data: bytes, url: str) -> Manifest:

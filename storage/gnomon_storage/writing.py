@@ -33,7 +33,9 @@ ROW_MULTIPLE = 256
 
 
 class SegmentWriter:
-    """Writes one segment: the whole index first, then rows in order, then `commit`. Belongs to one attempt.
+    """Writes one segment: the whole index first, then rows in order, then `commit`.
+
+    Belongs to one attempt, and to one life of a worker in it.
 
     tokens, positions and context_ids are int32 (n_rows,), contexts int32 (n_contexts, context_length), padding -1.
     """
@@ -52,16 +54,18 @@ class SegmentWriter:
         positions: Array,
         context_ids: Array,
         n_tokens: int,
+        life: int = 0,
     ) -> None:
         self._store = store
         self._split = split
         self._index = index
         self._attempt = attempt
+        self._life = life
         self._dtype = dtype
         self._n_tokens = n_tokens
         self._n_contexts = len(contexts)
         self._n_rows = len(tokens)
-        self._folder = store.child(segment_path(split, index, attempt))
+        self._folder = store.child(segment_path(split, index, attempt, life))
         self._folder.delete()  # left by an earlier life of the same attempt
         self._chunk_rows = rows_per_chunk(self._n_rows, max(hooks.values()), dtype, store.scheme)
         self._files: dict[str, StoredFile] = {}
@@ -92,6 +96,7 @@ class SegmentWriter:
             split=self._split,
             index=self._index,
             attempt=self._attempt,
+            life=self._life,
             n_rows=self._n_rows,
             n_contexts=self._n_contexts,
             n_tokens=self._n_tokens,

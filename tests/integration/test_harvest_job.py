@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -18,10 +19,16 @@ from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
+from gnomon_storage.manifest import SegmentCommit
+from gnomon_workers.harvest import job
 from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.job import run_harvest
+from gnomon_workers.harvest.packing import SegmentPlan
 from gnomon_workers.harvest.text import check_text
+from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
 from gnomon_workers.models import catalog
+from gnomon_workers.runtime import gang as gangs
+from gnomon_workers.runtime.answers import answers, value_of
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
 from tests.support.models import EOS_ID, PAD_ID, glassllm_ids, glassllm_residuals, make_glassllm, write_corpus
@@ -157,38 +164,131 @@ def worker_pids() -> list[int]:
     return own_pids("HarvestWorker")
 
 
-def test_after_a_killed_worker_the_next_attempt_gives_the_same_store(
-    inputs: Path, ray_cluster: None, tmp_path: Path
+class NotingHarvestWorker(HarvestWorker):
+    """A harvest worker that leaves a note whenever it has loaded a model."""
+
+    @answers
+    def prepare(self, task: HarvestTask) -> dict[str, int]:
+        done = value_of(super().prepare(task))
+        with (Path(Location.open(task.store).path).parents[1] / "notes").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return done
+
+
+class DyingHarvestWorker(HarvestWorker):
+    """A harvest worker that the system kills as soon as it works on the segment number 1."""
+
+    def _harvest(self, plan: SegmentPlan) -> SegmentCommit:
+        if (plan.split, plan.index) == ("segments", 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._harvest(plan)
+
+
+class BrokenHarvestWorker(HarvestWorker):
+    """A harvest worker that never gets its model, where it is worker number 0."""
+
+    @answers
+    def prepare(self, task: HarvestTask) -> dict[str, int]:
+        if self._index == 0:
+            raise MemoryError("the model does not fit")
+        return value_of(super().prepare(task))
+
+
+def told(reporter: Reporter, words: str) -> list[str]:
+    """Warnings with these words."""
+    logs = [report.data for report in reporter.after(0) if report.kind == "log" and report.data["level"] == "warning"]
+    return [log["message"] for log in logs if words in log["message"]]
+
+
+def assert_equal(ours: ActivationStore, theirs: ActivationStore) -> None:
+    """Both hold the same files to the bit, and nothing else lies there."""
+    ours.verify()
+    for mine, other in zip(ours.manifest.segments, theirs.manifest.segments, strict=True):
+        assert ours.commit(mine).files == theirs.commit(other).files
+    folder = Path(ours.location.path)
+    on_disk = {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.zarr")}
+    assert on_disk == {part.path for part in ours.manifest.segments}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """The store of an undisturbed harvest of 60,000 tokens."""
+    assignment = assign(inputs, tmp_path_factory.mktemp("whole"), make_spec(inputs, token_budget=60_000))
+    run_harvest(assignment, Reporter())
+    return open_store(assignment)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_worker_is_replaced_and_the_others_keep_their_model(
+    inputs: Path, whole: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
-    spec = make_spec(inputs, token_budget=60_000)
-    whole = assign(inputs, tmp_path / "whole", spec)
-    run_harvest(whole, Reporter())
-    assignment = assign(inputs, tmp_path / "killed", spec)
-    segments = tmp_path / "killed" / "activations" / assignment.store_id / "segments"
+    monkeypatch.setattr(job, "HarvestWorker", NotingHarvestWorker)
+    monkeypatch.setattr(gangs, "STALL_S", 5.0)
+    assignment = assign(inputs, tmp_path, make_spec(inputs, token_budget=60_000))
+    notes = tmp_path / "notes"
+    victim: list[int] = []
 
-    def kill_after_first_commit() -> None:
-        wait_until(lambda: list(segments.glob("*.json")), "the first commit", every_s=0.002)
-        os.kill(worker_pids()[0], signal.SIGKILL)
+    def loaded() -> list[int]:
+        return [int(line) for line in notes.read_text().splitlines()] if notes.exists() else []
 
-    killer = threading.Thread(target=kill_after_first_commit)
+    def lose_one() -> None:
+        wait_until(lambda: len(loaded()) == 2, "both workers' models", every_s=0.002)
+        victim.append(loaded()[0])
+        os.kill(victim[0], how)
+
+    killer = threading.Thread(target=lose_one, daemon=True)
     killer.start()
-    with pytest.raises(WorkerLost):
-        run_harvest(assignment, Reporter())
-    killer.join()
     reporter = Reporter()
-    result = run_harvest(assign(inputs, tmp_path / "killed", spec, attempt=2), reporter)
-    kept = [report.data["kept"] for report in reporter.after(0) if report.kind == "segment"]
-    store, first = open_store(assignment), open_store(whole)
-    assert any(kept) and not all(kept)
-    assert 0 < result["n_tokens"] < store.manifest.n_tokens
-    for mine, theirs in zip(store.manifest.segments, first.manifest.segments, strict=True):
-        assert store.commit(mine).files == first.commit(theirs).files
-    store.verify()
-    names = {part.path for part in store.manifest.segments}
-    on_disk = {f"{split}/{path.name}" for split in ("segments", "held_out")
-               for path in (segments.parent / split).glob("*.zarr")}  # fmt: skip
-    assert on_disk == names
+    result = run_harvest(assignment, reporter)
+    killer.join()
+    store = open_store(assignment)
+    assert_equal(store, whole)
+    assert result["n_tokens"] == store.manifest.n_tokens
+    commits = [store.commit(segment) for segment in store.manifest.segments]
+    assert {commit.attempt for commit in commits} == {1}
+    (message,) = told(reporter, "is replaced")
+    assert re.search(
+        r"worker \d is replaced, and .* harvested again: (a worker died|worker \d has not answered)", message
+    )
+    # every process loaded its model once: the one that was lost, its replacement if it came to that, and the other
+    assert len(loaded()) == len(set(loaded())) and len(loaded()) in (2, 3)
+    progress = [report.data["done"] for report in reporter.after(0) if report.kind == "progress"]
+    assert progress == sorted(progress)
     wait_until(lambda: not worker_pids(), "the end of all workers")
+
+
+def test_a_segment_that_kills_its_workers_loses_the_attempt_and_keeps_the_others(
+    inputs: Path, whole: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, reporter = make_spec(inputs, token_budget=60_000), Reporter()
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "HarvestWorker", DyingHarvestWorker)
+        with pytest.raises(
+            WorkerLost, match="3 workers were lost while they harvested segments/part-00001: a worker d"
+        ):
+            run_harvest(assign(inputs, tmp_path, spec), reporter)
+    assert len(told(reporter, "is replaced, and segments/part-00001")) == 2
+    again, reporter = assign(inputs, tmp_path, spec, attempt=2), Reporter()
+    result = run_harvest(again, reporter)
+    kept = [report.data["kept"] for report in reporter.after(0) if report.kind == "segment"]
+    assert any(kept) and not all(kept)
+    assert 0 < result["n_tokens"] < whole.manifest.n_tokens
+    assert_equal(open_store(again), whole)
+    wait_until(lambda: not worker_pids(), "the end of all workers")
+
+
+def test_a_place_in_which_no_worker_lives_is_given_up_and_the_others_go_on(
+    inputs: Path, whole: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "HarvestWorker", BrokenHarvestWorker)
+    spec, reporter = make_spec(inputs, token_budget=60_000), Reporter()
+    assignment = assign(inputs, tmp_path, spec)
+    run_harvest(assignment, reporter)
+    assert_equal(open_store(assignment), whole)
+    alone = assign(inputs, tmp_path / "alone", spec.model_copy(update={"n_workers": 1}))
+    with pytest.raises(WorkerLost, match=r"worker 0 was lost 3 times and did nothing between: .*model does not fit"):
+        run_harvest(alone, reporter := Reporter())
+    assert len(told(reporter, "worker 0 is replaced, and no segment harvested again")) == 2
 
 
 def test_cancelling_stops_the_workers(inputs: Path, ray_cluster: None, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 NAMESPACE = "gnomon-test"
 
@@ -31,3 +32,40 @@ def local_ray(*, n_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class TwoMachines:
+    """A Ray whose second node, of one core as the first, comes and goes."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self.add_second()
+
+    def add_second(self) -> None:
+        """Let it come."""
+        self._second = self._cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+
+    def lose_second(self) -> None:
+        """Let it go at once, with all that runs there."""
+        self._cluster.remove_node(self._second, allow_graceful=False)
+
+
+@contextmanager
+def two_machines() -> Iterator[TwoMachines]:
+    """Two nodes of one core each on this machine, gone afterwards."""
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own deprecations on import
+        import ray
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
+    try:
+        yield TwoMachines(cluster)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

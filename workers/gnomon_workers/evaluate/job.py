@@ -22,6 +22,7 @@ from gnomon_workers.evaluate.dictionaries import alignment_of, read_config
 from gnomon_workers.evaluate.metrics import CoreSums, PatchSums, total
 from gnomon_workers.evaluate.patching import Hooks
 from gnomon_workers.evaluate.worker import EvaluateTask, EvaluateWorker
+from gnomon_workers.runtime.crew import Crew
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment
@@ -107,13 +108,16 @@ def warn_of_few_rows(metrics: DictionaryMetrics, reporter: Reporter) -> None:
 
 def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums | None, PatchSums | None]:
     with Gang.start(EvaluateWorker, task.n_workers, reporter) as gang:
+        done = 0
 
         def tick() -> None:
+            nonlocal done
             reporter.check_cancelled()
-            done = sum(int(beat) for beat in gang.last_beats)
+            done = max(done, sum(int(beat) for beat in gang.last_beats))  # less where a lost share is begun again
             reporter.progress(done, rate=done / max(time.monotonic() - began, 1e-9))
 
-        parts = gang.watch([member.run.remote(task) for member in gang.members], tick, every_s=0.5)
+        crew = Crew(gang, reporter)
+        parts = crew.share_out(lambda member: member.run.remote(task), tick, every_s=0.5)
     return total([core for core, _ in parts]), total([patch for _, patch in parts])
 
 

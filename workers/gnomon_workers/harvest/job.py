@@ -19,6 +19,7 @@ from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit
 from gnomon_storage.writing import load_commit, remove_leftovers, seal
+from gnomon_workers.harvest.driving import Driver
 from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.text import read_documents, resolve_text, text_fingerprint
@@ -26,13 +27,12 @@ from gnomon_workers.harvest.tokens import Tokenizer, known_to_the_model, load_to
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
 from gnomon_workers.models.catalog import ModelDescription, describe_model
 from gnomon_workers.models.loading import model_folder
+from gnomon_workers.runtime.crew import Crew
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.runtime.reporting import Reporter
 
-QUEUED_PER_WORKER: Final = 2
-"""One segment under way and one waiting, so that no worker idles; more would only hold memory."""
 LOOKAHEAD_TOKENS: Final = 1 << 21
 """Tokens packed before work begins: a text that ends within them has its exact length shown."""
 _PACKAGES: Final = ("gnomon", "numpy", "tokenizers", "torch", "transformers", "zarr")
@@ -143,9 +143,14 @@ def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Ha
         return commits
     n_workers = count_workers(run.spec, progress.reporter)
     with Gang.start(HarvestWorker, n_workers, progress.reporter) as gang:
-        task = run.task()
-        gang.watch([member.prepare.remote(task) for member in gang.members], progress.reporter.check_cancelled)
-        for commit in _drive(gang, chain([first], missing), progress):
+        driver = Driver(
+            crew=Crew(gang, progress.reporter),
+            task=run.task(),
+            plans=chain([first], missing),
+            on_ready=progress.begin,
+            on_tick=progress.tick,
+        )
+        for commit in driver.commits():
             commits.append(commit)
             progress.segment(commit, is_new=True)
     return commits
@@ -174,24 +179,6 @@ def count_workers(spec: HarvestSpec, reporter: Reporter) -> int:
     return min(spec.n_workers or available, available, n_segments)
 
 
-def _drive(gang: Gang, plans: Iterator[SegmentPlan], progress: HarvestProgress) -> Iterator[SegmentCommit]:
-    """Keep every member busy until the plans are used up, yielding commits as they are made."""
-    progress.begin()
-    under_way: dict[Any, int] = {}
-    load = [0] * len(gang.members)
-    while True:
-        while min(load) < QUEUED_PER_WORKER and (plan := next(plans, None)) is not None:
-            member = load.index(min(load))
-            under_way[gang.members[member].harvest.remote(plan)] = member
-            load[member] += 1
-        if not under_way:
-            return
-        for reference, commit in gang.done(list(under_way)).items():
-            load[under_way.pop(reference)] -= 1
-            yield commit
-        progress.tick(sum(int(beat) for beat in gang.last_beats))
-
-
 @dataclass(slots=True, kw_only=True)
 class HarvestProgress:
     """Tokens done, of this attempt and of those before, and how fast lately."""
@@ -208,9 +195,10 @@ class HarvestProgress:
     _seen: deque[tuple[float, int]] = field(default_factory=deque)
 
     def begin(self) -> None:
-        """Workers are ready: the clock starts."""
-        self._began = time.monotonic()
-        self._seen.append((self._began, 0))
+        """A worker is ready: with the first, the clock starts."""
+        if not self._began:
+            self._began = time.monotonic()
+            self._seen.append((self._began, 0))
 
     def segment(self, commit: SegmentCommit, *, is_new: bool) -> None:
         """A segment is part of the store: harvested now, or kept from an earlier attempt."""
@@ -234,7 +222,7 @@ class HarvestProgress:
         """Workers say that n_beaten tokens have passed through the model; raises Cancelled."""
         self.reporter.check_cancelled()
         now = time.monotonic()
-        if now - self._reported >= self.min_interval_s:
+        if self._began and now - self._reported >= self.min_interval_s:
             self._reported = now
             self._seen.append((now, n_beaten))
             while len(self._seen) > 2 and now - self._seen[0][0] > self.window_s:
@@ -247,7 +235,7 @@ class HarvestProgress:
         rate = None
         if len(self._seen) > 1:
             (then, n_then), (now, n_now) = self._seen[0], self._seen[-1]
-            rate = (n_now - n_then) / (now - then)
+            rate = max(0.0, (n_now - n_then) / (now - then))  # a lost worker's tokens are run again
         self.reporter.progress(self._done, rate=rate)
 
     def mean_rate(self) -> float | None:

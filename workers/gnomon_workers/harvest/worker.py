@@ -29,6 +29,8 @@ class HarvestTask:
     store: str
     """URL of the activation store."""
     attempt: int
+    life: int = 0
+    """Workers that the attempt had lost and replaced before this one."""
     special_ids: tuple[int, ...]
     input_roots: tuple[str, ...]
 
@@ -72,6 +74,7 @@ class HarvestWorker:
             split=plan.split,
             index=plan.index,
             attempt=task.attempt,
+            life=task.life,
             hooks=self._hooks,
             dtype=task.spec.dtype,
             contexts=plan.contexts,

@@ -1,7 +1,8 @@
-"""A gang: actors that live and die together, on resources reserved for all of them at once.
+"""A gang: actors of one class, on resources reserved for all of them at once.
 
-Losing one member loses the gang: whoever runs it raises WorkerLost, the attempt ends as lost, and the job runs again
-from its last checkpoint or segment. Members are owned by the supervisor, so they die with it.
+Ranks of a training live and die together: losing one loses the gang, whoever runs it raises WorkerLost, the attempt
+ends as lost, and the job runs again from its last checkpoint. Members that do not depend on one another are replaced
+one by one (see `crew`). All are owned by the supervisor, so they die with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any, Final, Self
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gnomon.errors import Unavailable
@@ -44,6 +50,8 @@ class Gang:
 
     members: list[Any]
     group: PlacementGroup
+    _begin: Callable[[int], Any]
+    """Starts the member of an index in its own place of the group."""
     last_beats: list[Any] = field(default_factory=list)
     """What each member last answered to `beat()`."""
     _asked: dict[int, tuple[Any, float]] = field(default_factory=dict)
@@ -58,19 +66,19 @@ class Gang:
         devices = Devices.of_cluster()
         group = _reserve(devices, n_members, reporter)
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
-        members = [
-            ray.remote(actor_class)
-            .options(
+
+        def begin(index: int) -> Any:
+            options = ray.remote(actor_class).options(
                 **devices.options,
                 max_restarts=0,
                 max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
                 runtime_env={"env_vars": threads},
             )
-            .remote(index)
-            for index in range(n_members)
-        ]
-        return cls(members=members, group=group, last_beats=[0] * n_members)
+            return options.remote(index)
+
+        members = [begin(index) for index in range(n_members)]
+        return cls(members=members, group=group, _begin=begin, last_beats=[0] * n_members)
 
     def __enter__(self) -> Self:
         return self
@@ -111,37 +119,86 @@ class Gang:
 
     def check_beats(self) -> None:
         """Ask for beats that are due; raises WorkerLost when a member died or stopped answering."""
+        for index in range(len(self.members)):
+            self.check_beat(index)
+
+    def check_beat(self, index: int) -> None:
+        """The same of one member."""
+        now, member = time.monotonic(), self.members[index]
+        beat, sent = self._asked.get(index, (None, 0.0))
+        # one question under way a member: more would only queue up behind one that is stopped
+        if beat is None:
+            self._asked[index] = (member.beat.remote(), now)
+        elif now - sent > BEAT_EVERY_S and ray.wait([beat], timeout=0)[0]:
+            with lost_as_such():
+                self.last_beats[index] = ray.get(beat)
+            self._asked[index] = (member.beat.remote(), now)
+            self._started.add(index)
+        elif now - sent > (STALL_S if index in self._started else START_S):
+            raise WorkerLost(f"worker {index} has not answered for {now - sent:.0f} s")
+
+    def replace(self, index: int) -> None:
+        """Start another member in a place, as soon as there is room for it.
+
+        The one before is ended, but may go on for a while where its machine cannot be reached: both must not write the
+        same paths.
+        """
+        ray.kill(self.members[index])
+        self.members[index] = self._begin(index)
+        self.last_beats[index] = 0
+        self._asked.pop(index, None)
+        self._started.discard(index)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether every member has a machine."""
+        return bool(placement_group_table(self.group)["state"] == "CREATED")
+
+    def unplaced(self) -> list[int]:
+        """Members that wait for room, since their machine has gone: a silence that is no loss."""
+        waiting = [index for index in range(len(self.members)) if index not in self._started]
+        if not waiting or self.is_placed:
+            return []
         now = time.monotonic()
-        for index, member in enumerate(self.members):
-            beat, sent = self._asked.get(index, (None, 0.0))
-            # one question under way a member: more would only queue up behind one that is stopped
-            if beat is None:
-                self._asked[index] = (member.beat.remote(), now)
-            elif now - sent > BEAT_EVERY_S and ray.wait([beat], timeout=0)[0]:
-                with lost_as_such():
-                    self.last_beats[index] = ray.get(beat)
-                self._asked[index] = (member.beat.remote(), now)
-                self._started.add(index)
-            elif now - sent > (STALL_S if index in self._started else START_S):
-                raise WorkerLost(f"worker {index} has not answered for {now - sent:.0f} s")
+        self._asked |= {index: (self._asked[index][0], now) for index in waiting if index in self._asked}
+        return waiting
+
+
+@dataclass(slots=True)
+class RoomWait:
+    """Says that room is waited for: once it has lasted for NO_ROOM_S, and then every SAY_EVERY_S."""
+
+    reporter: Reporter
+    began: float = field(default_factory=time.monotonic)
+    _said_at: float | None = None
+
+    def say(self, n_members: int) -> None:
+        """There is no room for so many members still."""
+        now = time.monotonic()
+        due = self.began + NO_ROOM_S if self._said_at is None else self._said_at + SAY_EVERY_S
+        if now >= due:
+            self._said_at = now
+            self.reporter.waiting(_no_room(Devices.of_cluster(), n_members))
+
+    @property
+    def was_said(self) -> bool:
+        """Whether it lasted long enough to be told."""
+        return self._said_at is not None
 
 
 def _reserve(devices: Devices, n_members: int, reporter: Reporter) -> PlacementGroup:
     """Room for all members, as soon as there is."""
     # all or none: two gangs that each held half of the devices would wait for each other for ever
     group: PlacementGroup = placement_group([devices.of_member for _ in range(n_members)], strategy="PACK")
-    began = time.monotonic()
-    said_at = began - SAY_EVERY_S + NO_ROOM_S
+    wait = RoomWait(reporter)
     try:
         while not group.wait(1.0):
             reporter.check_cancelled()
-            if time.monotonic() - said_at >= SAY_EVERY_S:
-                said_at = time.monotonic()
-                reporter.waiting(_no_room(devices, n_members))
+            wait.say(n_members)
     except BaseException:
         remove_placement_group(group)
         raise
-    if said_at >= began:
+    if wait.was_said:
         reporter.resume()
     return group
 
