@@ -21,6 +21,8 @@ from gnomon_workers.harvest.driving import Driver
 from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.progress import HarvestProgress
+from gnomon_workers.harvest.readers import text_bytes
+from gnomon_workers.harvest.room import committed_tokens, expected_tokens, needed_bytes
 from gnomon_workers.harvest.text import N_TOLD, Tally, read_documents, resolve_text, text_fingerprint
 from gnomon_workers.harvest.tokens import Tokenizer, known_to_the_model, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
@@ -82,6 +84,7 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
     ahead = look_ahead(make_plans(run, tally))
     reporter.phase("harvest", total=ahead.n_tokens if ahead.is_all else run.spec.token_budget, unit="tokens")
     n_told = warn_of_bad_documents(tally, reporter)
+    check_room(run, ahead, tally)
     progress = HarvestProgress(reporter=reporter)
     commits = harvest_segments(run, ahead.plans, progress)
     if tally.n_bad > n_told:
@@ -147,6 +150,20 @@ def look_ahead(plans: Iterator[SegmentPlan]) -> Ahead:
         if n_tokens >= LOOKAHEAD_TOKENS:
             return Ahead(plans=chain(ahead, plans), n_tokens=n_tokens, is_all=False)
     return Ahead(plans=iter(ahead), n_tokens=n_tokens, is_all=True)
+
+
+def check_room(run: HarvestRun, ahead: Ahead, tally: Tally) -> None:
+    """Raise StoreUnavailable, "store_full", where a local disk has no room for what is missing of the store.
+
+    Otherwise a full disk would be found after hours of work, and again by every segment.
+    """
+    if run.store.local_path() is None:
+        return
+    n_tokens = ahead.n_tokens
+    if not ahead.is_all:
+        files = resolve_text(run.spec.text, run.assignment.input_roots)
+        n_tokens = expected_tokens(run.spec, ahead.n_tokens, tally.n_bytes, sum(map(text_bytes, files)))
+    run.store.check_room(needed_bytes(run.spec, run.model.hooks, n_tokens - committed_tokens(run.store)))
 
 
 def warn_of_bad_documents(tally: Tally, reporter: Reporter) -> int:
