@@ -59,6 +59,10 @@ class HarvestResult(Document):
     """Rows held out for evaluation."""
     n_tokens: int
     """Tokens that passed through the model, dropped ones included; 0 where every segment was there."""
+    n_bad_documents: int | None = None
+    """Documents that were passed over (`max_bad_documents`); None where the store was there before the job."""
+    bad_documents: tuple[str, ...] = ()
+    """Where the first of them are, and what is wrong with them."""
     tokens_per_s: float | None = None
     """Tokens a second over the whole phase."""
 

@@ -299,6 +299,34 @@ def test_cancelling_stops_the_workers(inputs: Path, ray_cluster: None, tmp_path:
     wait_until(lambda: not worker_pids(), "the end of all workers")
 
 
+def test_bad_documents_are_counted_alike_by_every_attempt(inputs: Path, ray_cluster: None, tmp_path: Path) -> None:
+    lines = (inputs / "alice.jsonl").read_text().splitlines()
+    with_bad = [*lines[:2], "{", *lines[2:300], '{"text": 5}', *lines[300:], "{}"]
+    shutil.copytree(inputs, tmp_path / "in")
+    (tmp_path / "in" / "bad.jsonl").write_text("\n".join(with_bad))
+    source = {"url": str(tmp_path / "in" / "bad.jsonl"), "max_bad_documents": 3}
+    spec = make_spec(tmp_path / "in", text=[source], token_budget=10**6, segment_tokens=4096)
+    results, reporter = [], Reporter()
+    for attempt in (1, 2):
+        assignment = assign(tmp_path / "in", tmp_path, spec, attempt=attempt)
+        results.append(run_harvest(assignment, reporter))
+        manifest = open_store(assignment).manifest
+        place = Path(open_store(assignment).location.path)
+        (place / "manifest.json").unlink()
+        (place / "segments" / "part-00000.json").unlink()
+    wanted = ("'bad.jsonl' line 3 is not JSON", "'bad.jsonl' line 302 holds a int", "'bad.jsonl' line 603 has no field")
+    for result in results:
+        assert result["n_bad_documents"] == 3
+        assert all(map(str.startswith, result["bad_documents"], wanted))
+    assert results[1]["n_tokens"] < results[0]["n_tokens"]
+    assert manifest.text["n_bad_documents"] == 3
+    assert len(told(reporter, "3 bad documents are passed over: 'bad.jsonl' line 3 is not JSON")) == 2
+    few = make_spec(tmp_path / "in", text=[{**source, "max_bad_documents": 2}], token_budget=10**6)
+    with pytest.raises(InvalidRequest, match=r"'bad.jsonl' line 603 .* bad document number 3") as caught:
+        run_harvest(assign(tmp_path / "in", tmp_path, few), Reporter())
+    assert caught.value.code == "too_many_bad_documents"
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a hook that is no module": ({"hooks": ["model.layers.7"]}, "unknown_hook"),
     "too little text for a context": ({"text": [{"url": "short.txt"}]}, "empty_corpus"),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 NAMESPACE = "gnomon-test"
 
@@ -22,6 +23,7 @@ def local_ray(*, n_cpus: int) -> Iterator[None]:
         import ray
 
         ray.init(
+            address="local",  # never one that happens to run on this machine
             num_cpus=n_cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -62,10 +64,13 @@ def two_machines() -> Iterator[TwoMachines]:
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        # it would make itself the Ray of this machine, which other tests, or another's service, would then connect to
+        with patch("ray._private.utils.write_ray_address"):
+            cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
     try:
         yield TwoMachines(cluster)
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        with patch("ray._common.utils.reset_ray_address"):
+            cluster.shutdown()

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gnomon.errors import InvalidRequest
-from gnomon.specs import TextSource
-from gnomon_workers.harvest.text import check_text, matches, read_documents, resolve_text
+from gnomon.specs import HarvestSpec, TextSource
+from gnomon_workers.harvest.identity import store_id
+from gnomon_workers.harvest.text import Tally, check_text, matches, read_documents, resolve_text
 
 
 def documents(root: Path, *sources: TextSource) -> list[str]:
@@ -173,3 +174,87 @@ def test_the_fingerprint_is_of_content_and_reading(tmp_path: Path) -> None:
     assert fingerprint("b.jsonl", field="other") != first
     (tmp_path / "b.jsonl").write_text('{"text": "a", "other": "c"}\n')
     assert fingerprint("b.jsonl") != first
+
+
+BAD_LINES = [b"{", b'{"text": "\xff"}', b'{"text": 5}', b'{"body": "b"}', b"[" * 100_000, b"7"]
+"""Lines that are not JSON, not UTF-8, of the wrong type, without the field, too deep, and no record."""
+
+
+def tallied(root: Path, *sources: TextSource) -> tuple[list[str], Tally]:
+    """Every document of the sources, and what was passed over."""
+    tally = Tally()
+    return list(read_documents(resolve_text(sources, [str(root)]), tally)), tally
+
+
+@pytest.mark.parametrize("at_end", [b"\n", b""], ids=["ended", "cut off"])
+def test_bad_lines_are_passed_over_up_to_a_limit(tmp_path: Path, at_end: bytes) -> None:
+    lines = [b'{"text": "a"}', *BAD_LINES, b'{"text": "z"}', b"", b'{"text": null}', b"{"]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines) + at_end)
+    url, n_bad = str(tmp_path / "x.jsonl"), len(BAD_LINES) + 1
+    found, tally = tallied(tmp_path, TextSource(url=url, max_bad_documents=n_bad))
+    assert (found, tally.n_bad, tally.n_bytes) == (["a", "z"], n_bad, 2)
+    assert [message.split(" is ")[0] for message in tally.first_bad[:2]] == ["'x.jsonl' line 2", "'x.jsonl' line 3"]
+    assert len(tally.first_bad) == 5
+    says = (
+        rf"'x.jsonl' line 11 is not JSON.*bad document number {n_bad} of its source, and max_bad_documents={n_bad - 1}"
+    )
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        tallied(tmp_path, TextSource(url=url, max_bad_documents=n_bad - 1))
+    assert (caught.value.code, caught.value.detail) == ("too_many_bad_documents", {"n_bad_documents": n_bad})
+    with pytest.raises(InvalidRequest, match=r"'x\.jsonl' line 2 is not JSON") as caught:
+        tallied(tmp_path, TextSource(url=url))
+    assert caught.value.code == "bad_text"
+
+
+def test_bad_items_rows_and_files_are_documents_like_any(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(["one", 1, {"body": "x"}, {"text": ["y"]}, {"text": "two"}]))
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, *pa.array(["ok", "\u00e9", "end"]).buffers()[1:]])
+    buffers = [each and pa.py_buffer(each.to_pybytes().replace(b"\xc3", b"\xff")) for each in broken.buffers()]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 3, buffers)}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "d.txt").write_text("three")
+    limits = {"a.json": 3, "b.parquet": 1, "*.txt": 1}
+    sources = [TextSource(url=f"{tmp_path}/{name}", max_bad_documents=limit) for name, limit in limits.items()]
+    found, tally = tallied(tmp_path, *sources)
+    assert (found, tally.n_bad) == (["one", "two", "ok", "end", "three"], 5)
+    assert tally.first_bad[3].startswith("'b.parquet' row 1 is not UTF-8")
+    for source in sources:  # what one source may have is nothing to another
+        changed = source.model_copy(update={"max_bad_documents": source.max_bad_documents - 1})
+        with pytest.raises(InvalidRequest):
+            tallied(tmp_path, *[changed if each == source else each for each in sources])
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.json", b'["a", '), ("x.json", b"5"), ("x.parquet", b"PAR1 not")])
+def test_a_file_that_cannot_be_read_is_no_bad_document(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidRequest) as caught:
+        tallied(tmp_path, TextSource(url=str(tmp_path / name), max_bad_documents=100))
+    assert caught.value.code == "bad_text"
+
+
+def test_a_line_that_is_too_long_is_one_bad_document(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n')
+    os.truncate(path, (256 << 20) + (5 << 19))
+    with path.open("ab") as file:
+        file.write(b'\n{"text": "b"}\n')
+    found, tally = tallied(tmp_path, TextSource(url=str(path), max_bad_documents=1))
+    assert (found, tally.n_bad) == (["a", "b"], 1)
+    assert "line 2 has more than 268435456 bytes" in tally.first_bad[0]
+
+
+def test_a_text_that_begins_badly_is_accepted_within_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{\n{"text": "a"}\n')
+    assert check_text([TextSource(url=f"{tmp_path}/x.jsonl", max_bad_documents=1)], [str(tmp_path)])
+    with pytest.raises(InvalidRequest, match="line 1 is not JSON"):
+        check_text([TextSource(url=f"{tmp_path}/x.jsonl")], [str(tmp_path)])
+
+
+def test_a_limit_makes_another_store_and_none_the_same_as_ever() -> None:
+    def id_with(**fields: int) -> str:
+        spec = {"model": {"source": "m"}, "text": [{"url": "/a"}, {"url": "/b", **fields}], "hooks": ["h"]}
+        return store_id(HarvestSpec.model_validate({**spec, "token_budget": 1000}), "model", "text")
+
+    # as release 0.1 called it: what is stored must be found again
+    assert id_with() == id_with(max_bad_documents=0) == "act_badeeb854da4474d91903c4481ccd01d"
+    assert len({id_with(), id_with(max_bad_documents=1), id_with(max_bad_documents=2)}) == 3

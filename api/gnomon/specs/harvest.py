@@ -29,6 +29,9 @@ class TextSource(Spec):
     """File format; "auto" goes by the file name's ending. A .txt file is one document; .json is a list."""
     field: Annotated[str, StringConstraints(min_length=1, max_length=128)] = "text"
     """Name of the field or column that holds the text (jsonl, json, parquet)."""
+    max_bad_documents: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Bad documents of this source to pass over and count: not UTF-8, not JSON, without the field, with something that
+    is no text in it, or too long. One more ends the job; with 0 the first does."""
 
 
 class ConcatPacking(Spec):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
 from gnomon.errors import InvalidRequest, NotFound
-from gnomon.events import Logged, SegmentCommitted
+from gnomon.events import Logged
 from gnomon.resources import HarvestResult
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
@@ -22,7 +20,10 @@ from gnomon_storage.writing import load_commit, remove_leftovers, seal
 from gnomon_workers.harvest.driving import Driver
 from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
-from gnomon_workers.harvest.text import read_documents, resolve_text, text_fingerprint
+from gnomon_workers.harvest.progress import HarvestProgress
+from gnomon_workers.harvest.readers import text_bytes
+from gnomon_workers.harvest.room import committed_tokens, expected_tokens, needed_bytes
+from gnomon_workers.harvest.text import N_TOLD, Tally, read_documents, resolve_text, text_fingerprint
 from gnomon_workers.harvest.tokens import Tokenizer, known_to_the_model, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
 from gnomon_workers.models.catalog import ModelDescription, describe_model
@@ -60,6 +61,18 @@ class HarvestRun:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """Plans of a harvest, of which the first are made."""
+
+    plans: Iterator[SegmentPlan]
+    """All of them."""
+    n_tokens: int
+    """Tokens of those that are made."""
+    is_all: bool
+    """Whether there are no others."""
+
+
 def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]:
     """Harvest the assignment's store; segments that an earlier attempt committed are kept as they are."""
     store = ProjectLayout.open(assignment.storage_root).store(assignment.store_id)
@@ -67,10 +80,15 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
     if sealed is not None:
         return _result(sealed, n_tokens=0, tokens_per_s=None)
     run = prepare(assignment, store)
-    plans, n_tokens = look_ahead(make_plans(run), run.spec.token_budget)
-    reporter.phase("harvest", total=n_tokens, unit="tokens")
+    tally = Tally()
+    ahead = look_ahead(make_plans(run, tally))
+    reporter.phase("harvest", total=ahead.n_tokens if ahead.is_all else run.spec.token_budget, unit="tokens")
+    n_told = warn_of_bad_documents(tally, reporter)
+    check_room(run, ahead, tally)
     progress = HarvestProgress(reporter=reporter)
-    commits = harvest_segments(run, plans, progress)
+    commits = harvest_segments(run, ahead.plans, progress)
+    if tally.n_bad > n_told:
+        warn_of_bad_documents(tally, reporter)
     if not sum(commit.n_rows for commit in commits if commit.split == "segments"):
         raise InvalidRequest(
             "the text gives no row to train on; give more text, a shorter context_length, or a drop policy that "
@@ -78,7 +96,7 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
             code="empty_corpus",
         )
     remove_leftovers(store, commits)
-    return _result(seal_store(run, commits), n_tokens=progress.n_new, tokens_per_s=progress.mean_rate())
+    return _result(seal_store(run, commits, tally), n_tokens=progress.n_new, tokens_per_s=progress.mean_rate())
 
 
 def find_sealed(store: Location) -> ActivationStore | None:
@@ -111,9 +129,9 @@ def prepare(assignment: Assignment, store: Location) -> HarvestRun:
     )
 
 
-def make_plans(run: HarvestRun) -> Iterator[SegmentPlan]:
+def make_plans(run: HarvestRun, tally: Tally) -> Iterator[SegmentPlan]:
     """Every segment of the store, in an order that depends on the spec and the text alone."""
-    documents = read_documents(resolve_text(run.spec.text, run.assignment.input_roots))
+    documents = read_documents(resolve_text(run.spec.text, run.assignment.input_roots), tally)
     contexts = make_contexts(documents, run.tokenizer, run.spec)
     return plan_segments(
         known_to_the_model(contexts, run.model.n_embeddings),
@@ -122,16 +140,38 @@ def make_plans(run: HarvestRun) -> Iterator[SegmentPlan]:
     )
 
 
-def look_ahead(plans: Iterator[SegmentPlan], token_budget: int) -> tuple[Iterator[SegmentPlan], int]:
-    """The same plans, and how many tokens they hold: exactly for a short text, else the budget."""
+def look_ahead(plans: Iterator[SegmentPlan]) -> Ahead:
+    """The first plans, made now: all of a short text."""
     ahead: list[SegmentPlan] = []
     n_tokens = 0
     for plan in plans:
         ahead.append(plan)
         n_tokens += plan.n_tokens
         if n_tokens >= LOOKAHEAD_TOKENS:
-            return chain(ahead, plans), token_budget
-    return iter(ahead), n_tokens
+            return Ahead(plans=chain(ahead, plans), n_tokens=n_tokens, is_all=False)
+    return Ahead(plans=iter(ahead), n_tokens=n_tokens, is_all=True)
+
+
+def check_room(run: HarvestRun, ahead: Ahead, tally: Tally) -> None:
+    """Raise StoreUnavailable, "store_full", where a local disk has no room for what is missing of the store.
+
+    Otherwise a full disk would be found after hours of work, and again by every segment.
+    """
+    if run.store.local_path() is None:
+        return
+    n_tokens = ahead.n_tokens
+    if not ahead.is_all:
+        files = resolve_text(run.spec.text, run.assignment.input_roots)
+        n_tokens = expected_tokens(run.spec, ahead.n_tokens, tally.n_bytes, sum(map(text_bytes, files)))
+    run.store.check_room(needed_bytes(run.spec, run.model.hooks, n_tokens - committed_tokens(run.store)))
+
+
+def warn_of_bad_documents(tally: Tally, reporter: Reporter) -> int:
+    """Say how many were passed over so far, if any, and where the first are; returns how many."""
+    if tally.n_bad:
+        message = f"{tally.n_bad} bad documents are passed over: {'; '.join(tally.first_bad)}"
+        reporter.report(Logged(level="warning", message=message + ("; ..." if tally.n_bad > N_TOLD else "")))
+    return tally.n_bad
 
 
 def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: HarvestProgress) -> list[SegmentCommit]:
@@ -179,71 +219,7 @@ def count_workers(spec: HarvestSpec, reporter: Reporter) -> int:
     return min(spec.n_workers or available, available, n_segments)
 
 
-@dataclass(slots=True, kw_only=True)
-class HarvestProgress:
-    """Tokens done, of this attempt and of those before, and how fast lately."""
-
-    reporter: Reporter
-    window_s: float = 10.0
-    min_interval_s: float = 0.5
-    n_new: int = 0
-    """Tokens of segments committed by this attempt."""
-    _n_kept: int = 0
-    _done: int = 0
-    _began: float = 0.0
-    _reported: float = 0.0
-    _seen: deque[tuple[float, int]] = field(default_factory=deque)
-
-    def begin(self) -> None:
-        """A worker is ready: with the first, the clock starts."""
-        if not self._began:
-            self._began = time.monotonic()
-            self._seen.append((self._began, 0))
-
-    def segment(self, commit: SegmentCommit, *, is_new: bool) -> None:
-        """A segment is part of the store: harvested now, or kept from an earlier attempt."""
-        if is_new:
-            self.n_new += commit.n_tokens
-        else:
-            self._n_kept += commit.n_tokens
-        self.reporter.report(
-            SegmentCommitted(
-                name=commit.name,
-                split=commit.split,
-                attempt=commit.attempt,
-                n_rows=commit.n_rows,
-                n_tokens=commit.n_tokens,
-                kept=not is_new,
-            )
-        )
-        self._advance(self._n_kept + self.n_new)
-
-    def tick(self, n_beaten: int) -> None:
-        """Workers say that n_beaten tokens have passed through the model; raises Cancelled."""
-        self.reporter.check_cancelled()
-        now = time.monotonic()
-        if self._began and now - self._reported >= self.min_interval_s:
-            self._reported = now
-            self._seen.append((now, n_beaten))
-            while len(self._seen) > 2 and now - self._seen[0][0] > self.window_s:
-                self._seen.popleft()
-            self._advance(self._n_kept + n_beaten)
-
-    def _advance(self, done: int) -> None:
-        # Beats come late and segments in any order, but progress never goes back.
-        self._done = max(self._done, done)
-        rate = None
-        if len(self._seen) > 1:
-            (then, n_then), (now, n_now) = self._seen[0], self._seen[-1]
-            rate = max(0.0, (n_now - n_then) / (now - then))  # a lost worker's tokens are run again
-        self.reporter.progress(self._done, rate=rate)
-
-    def mean_rate(self) -> float | None:
-        """Tokens a second since workers were ready; None where there was nothing to do."""
-        return self.n_new / (time.monotonic() - self._began) if self._began else None
-
-
-def seal_store(run: HarvestRun, commits: list[SegmentCommit]) -> ActivationStore:
+def seal_store(run: HarvestRun, commits: list[SegmentCommit], tally: Tally) -> ActivationStore:
     """Write the manifest, with everything that is known of the rows' origin."""
     spec = run.spec.model_dump(mode="json")
     model = run.model
@@ -267,7 +243,12 @@ def seal_store(run: HarvestRun, commits: list[SegmentCommit]) -> ActivationStore
             "n_parameters": model.n_parameters,
         },
         tokenizer=run.tokenizer.provenance(),
-        text={"sources": spec["text"], "fingerprint": run.text_fingerprint},
+        text={
+            "sources": spec["text"],
+            "fingerprint": run.text_fingerprint,
+            "n_bad_documents": tally.n_bad,
+            "bad_documents": tally.first_bad,
+        },
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
     )
 
@@ -279,6 +260,8 @@ def _result(store: ActivationStore, *, n_tokens: int, tokens_per_s: float | None
         n_rows=manifest.n_rows,
         n_held_out_rows=manifest.n_held_out_rows,
         n_tokens=n_tokens,
+        n_bad_documents=manifest.text.get("n_bad_documents", 0),
+        bad_documents=tuple(manifest.text.get("bad_documents", ())),
         tokens_per_s=tokens_per_s,
     )
     record = {

@@ -1,0 +1,42 @@
+"""The room that a harvest is said to need is that which it takes, and no text is taken for more than it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gnomon.specs import HarvestSpec, TextSource
+from gnomon_workers.harvest.readers import text_bytes
+from gnomon_workers.harvest.room import expected_tokens, needed_bytes
+from gnomon_workers.harvest.text import resolve_text
+
+
+def spec(**changes: Any) -> HarvestSpec:
+    """A harvest of two hooks."""
+    fields = {"model": {"source": "m"}, "text": [{"url": "/a"}], "hooks": ["h", "i"], "context_length": 100}
+    return HarvestSpec.model_validate({**fields, "token_budget": 10**6, **changes})
+
+
+@pytest.mark.parametrize(("dtype", "n_bytes"), [("bfloat16", 2), ("float32", 4)])
+def test_rows_columns_and_contexts_are_counted(dtype: str, n_bytes: int) -> None:
+    needed = needed_bytes(spec(dtype=dtype, drop={"first_positions": 10}), {"h": 64, "i": 32, "j": 999}, 1000)
+    assert needed == 900 * (96 * n_bytes + 3 * 4) + 1000 * 4
+    assert needed_bytes(spec(), {}, -5) == 0
+
+
+def test_a_budget_beyond_the_text_is_not_counted() -> None:
+    assert expected_tokens(spec(token_budget=10**12), 1000, 4000, 40_000) == 10_000
+    assert expected_tokens(spec(token_budget=2000), 1000, 4000, 40_000) == 2000
+
+
+def test_the_bytes_of_a_text_are_those_of_its_column(tmp_path: Path) -> None:
+    texts = [f"{number} " * 500 for number in range(1000)]
+    pq.write_table(pa.table({"text": texts, "other": texts}), tmp_path / "x.parquet", use_dictionary=False)
+    (tmp_path / "x.txt").write_text("abc")
+    files = resolve_text([TextSource(url=f"{tmp_path}/x.{end}") for end in ("parquet", "txt")], [str(tmp_path)])
+    unpacked, plain = map(text_bytes, files)
+    assert plain == 3 and unpacked == pytest.approx(sum(map(len, texts)), rel=0.02)

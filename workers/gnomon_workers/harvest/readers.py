@@ -1,0 +1,202 @@
+"""Documents of one file, in each format, as a stream: each is its text, or the error that says what is wrong with it.
+
+What is wrong with a file as a whole (it is no list of documents, or not Parquet) is raised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, ParamSpec, TypeAlias
+
+from gnomon.errors import InvalidRequest
+from gnomon_storage.location import Location
+
+P = ParamSpec("P")
+Document: TypeAlias = str | InvalidRequest
+Format = Literal["txt", "jsonl", "json", "parquet"]
+_PARQUET_ROWS: Final = 1024
+_MAX_GROUP_BYTES: Final = 2 << 30
+_SKIPPED_BYTES: Final = 1 << 20
+MAX_DOCUMENT_BYTES: Final = 256 << 20
+"""Of one document, of one line of .jsonl, and of a whole .txt or .json, which are read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """One file of a source."""
+
+    location: Location
+    format: Format
+    field: str
+    source: int
+    """Number of the source that it belongs to."""
+    max_bad: int
+    """Bad documents that the source may have."""
+
+
+def _try(read: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> Document:
+    """What is read, or what is wrong with it."""
+    try:
+        return read(*args, **kwargs)
+    except InvalidRequest as error:
+        return error
+
+
+def _read_txt(file: TextFile) -> Iterator[Document]:
+    yield _try(_whole_text, file)
+
+
+def _whole_text(file: TextFile) -> str:
+    return _decode(_read_whole(file), file, None)
+
+
+def _read_jsonl(file: TextFile) -> Iterator[Document]:
+    with file.location.open_read() as stream:
+        number = 0
+        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            yield _try(_line_text, line, file, number)
+            while len(line) > _SKIPPED_BYTES and not line.endswith(b"\n"):  # the rest of a line that is too long
+                line = stream.readline(_SKIPPED_BYTES + 1)
+
+
+def _line_text(line: bytes, file: TextFile, number: int) -> str:
+    if len(line) > MAX_DOCUMENT_BYTES:
+        raise _bad(file, number, f"has more than {MAX_DOCUMENT_BYTES} bytes; divide the document")
+    text = _decode(line, file, number)
+    return _text_of(_parse(text, file, number), file, f"line {number}") if text.strip() else ""
+
+
+def _read_json(file: TextFile) -> Iterator[Document]:
+    items = _parse(_decode(_read_whole(file), file, None), file, None)
+    if isinstance(items, dict):
+        records = list(items.values())
+        # An object is one document, or a collection of documents by name: its values are then documents themselves.
+        items = records if records and all(isinstance(record, dict) for record in records) else [items]
+    if not isinstance(items, list):
+        raise _bad(file, None, f"is a JSON {type(items).__name__}, wanted a list or an object of documents")
+    for number, item in enumerate(items):
+        yield _try(_text_of, item, file, f"item {number}")
+
+
+def _read_parquet(file: TextFile) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with file.location.open_read() as stream:
+        try:
+            table = pq.ParquetFile(stream)
+            if file.field not in table.schema_arrow.names:
+                raise _unknown_field(file, "", table.schema_arrow.names)
+            if pa.types.is_string(table.schema_arrow.field(file.field).type):
+                # A repeated value is held once and not once a row: a kilobyte can repeat a megabyte for ever.
+                table = pq.ParquetFile(stream, metadata=table.metadata, read_dictionary=[file.field])
+            _check_row_groups(table, file)
+            number = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[file.field]):
+                for value in batch.column(0):
+                    yield _try(_cell_text, value, file, f"row {number}")
+                    number += 1
+        except pa.ArrowException as error:
+            raise _bad(file, None, f"is not readable Parquet: {error}") from error
+
+
+def _cell_text(value: Any, file: TextFile, where: str) -> str:
+    try:
+        return _text_of(value.as_py(), file, where)
+    except UnicodeDecodeError as error:
+        raise _bad(file, where, f"is not UTF-8 at offset {error.start}") from error
+
+
+def text_bytes(file: TextFile) -> int:
+    """About the bytes of a file's text: of Parquet unpacked, else of the file."""
+    if file.format != "parquet":
+        return file.location.size()
+    import pyarrow.parquet as pq
+
+    with file.location.open_read() as stream:
+        return sum(_group_bytes(pq.ParquetFile(stream), file))
+
+
+def _read_whole(file: TextFile) -> bytes:
+    """The bytes of a file that is read at once."""
+    n_bytes = file.location.size()
+    if n_bytes > MAX_DOCUMENT_BYTES:
+        raise _bad(
+            file, None, f"has {n_bytes} bytes, and {file.format} is read whole: {MAX_DOCUMENT_BYTES} at most; "
+            "write its documents as .jsonl, one a line"
+        )  # fmt: skip
+    return file.location.read_bytes()
+
+
+def _check_row_groups(table: Any, file: TextFile) -> None:
+    """Raise InvalidRequest where a row group's column says that it unpacks to more than can be held."""
+    for n_bytes in _group_bytes(table, file):
+        if n_bytes > _MAX_GROUP_BYTES:
+            raise _bad(
+                file, None, f"has a row group of {n_bytes} bytes, {_MAX_GROUP_BYTES} at most are read; write it with "
+                "smaller row groups"
+            )  # fmt: skip
+
+
+def _group_bytes(table: Any, file: TextFile) -> Iterator[int]:
+    """Bytes to which the column of each row group unpacks, as the file says."""
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        yield sum(column.total_uncompressed_size for column in columns if column.path_in_schema == file.field)
+
+
+READERS: Final = {"txt": _read_txt, "jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
+
+
+def _decode(data: bytes, file: TextFile, line: int | None) -> str:
+    try:
+        return data.decode("utf-8-sig" if line in (None, 1) else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _bad(file, line, f"is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from error
+
+
+def _parse(text: str, file: TextFile, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, line, f"is not JSON: {error}") from error
+
+
+def _text_of(item: Any, file: TextFile, where: str) -> str:
+    """The text of one record: a string, or a field of an object; null counts as empty."""
+    if isinstance(item, dict):
+        if file.field not in item:
+            raise _unknown_field(file, where, list(item))
+        item = item[file.field]
+    if item is None:
+        return ""
+    if not isinstance(item, str):
+        raise _bad(file, where, f"holds a {type(item).__name__}, wanted text")
+    return _without_surrogates(item)
+
+
+def _without_surrogates(text: str) -> str:
+    """The text, with U+FFFD for halves of characters: JSON can hold them, tokenizers and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _bad(file: TextFile, where: int | str | None, what: str) -> InvalidRequest:
+    place = f" line {where}" if isinstance(where, int) else f" {where}" if where else ""
+    return InvalidRequest(f"{file.location.name!r}{place} {what}", code="bad_text")
+
+
+def _unknown_field(file: TextFile, where: str, fields: Sequence[str]) -> InvalidRequest:
+    known = ", ".join(repr(field) for field in sorted(map(str, fields))[:20]) or "none"
+    place = f" {where}" if where else ""
+    return InvalidRequest(
+        f"{file.location.name!r}{place} has no field {file.field!r}; it has {known}; set the source's field",
+        code="unknown_field",
+    )
