@@ -130,7 +130,7 @@ def dispatcher(
         observations=Observations(database),
         cluster=cluster,
         settings=settings,
-        is_clusters_end=requeue,
+        ends_with_cluster=requeue,
         owner=f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}",
     )
     with Collector(database, settings.project_root).running():

@@ -24,15 +24,24 @@ def make_storage_root(settings: Settings) -> None:
 
 
 def check_storage_root(settings: Settings) -> None:
-    """Raise StoreUnavailable where nothing can be stored: no answer, no right to write, or no room ("store_full")."""
-    root = Location.open(settings.storage_root)
-    local = root.local_path()
+    """Raise StoreUnavailable where the root does not answer, or may not be written to."""
+    local = Location.open(settings.storage_root).local_path()
     if local is None:
         Location.open(settings.project_root).exists()
     elif not (local.is_dir() and os.access(local, os.W_OK)):
         raise StoreUnavailable(f"the storage root {local} is not a folder that can be written to")
-    else:
-        root.check_room(LEAST_FREE_BYTES)
+
+
+def is_full(settings: Settings) -> bool:
+    """Whether a local storage root has no room left; object stores do not say.
+
+    A service starts and answers all the same: deleting what is not needed takes a service.
+    """
+    try:
+        Location.open(settings.storage_root).check_room(LEAST_FREE_BYTES)
+    except StoreUnavailable:
+        return True
+    return False
 
 
 def check_within(settings: Settings, most_s: float) -> None:

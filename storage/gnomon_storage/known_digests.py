@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final
 
 LEAST_BYTES: Final = 16 << 20
 """Smaller files are read again, which takes less than it costs to remember them for ever."""
+_DIGEST_LENGTH: Final = 64
 _SETTLED_NS: Final = 2_000_000_000
 """A file that was changed this shortly ago may change again within the same tick of the file system's clock."""
 
@@ -24,7 +24,7 @@ def recall(path: Path, status: os.stat_result) -> str | None:
     """The SHA-256 of a file as it is, where it was remembered."""
     with suppress(OSError):
         text = _place(path, status).read_text()
-        if len(text) == 64:
+        if len(text) == _DIGEST_LENGTH:
             return text
     return None
 
@@ -39,9 +39,7 @@ def remember(path: Path, status: os.stat_result, digest: str) -> None:
             return
         place = _place(path, status)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-            file.write(digest)
-        Path(file.name).replace(place)
+        place.write_text(digest)  # one that is cut off is too short to be believed
 
 
 def folder() -> Path:

@@ -242,7 +242,7 @@ def test_a_job_whose_supervisor_stands_still_is_cancelled_too(scene: Scene) -> N
 def test_a_clean_stop_of_dispatcher_and_cluster_is_no_loss(scene: Scene) -> None:
     """However often: five losses in a row would fail the job."""
     job = scene.bench.submit(max_attempts=2)
-    scene.dispatcher.is_clusters_end = True
+    scene.dispatcher.ends_with_cluster = True
     for _ in range(4):
         scene.turn()
         assert scene.bench.job(job.id).state == "running"

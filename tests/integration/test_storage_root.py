@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from gnomon.errors import StoreUnavailable
+from gnomon_service import storage_root
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import Settings, load_settings
-from gnomon_service.storage_root import check_within
+from gnomon_service.storage_root import check_within, is_full, make_storage_root
 from tests.support.proxy import Proxy
 from tests.support.seaweed import environment, new_place, s3_server
 
@@ -47,3 +48,12 @@ def test_a_store_that_hangs_is_given_up_in_time(s3_environment: dict[str, str], 
                 check_within(settings, 0.5)
     with settings_with(s3_environment, tmp_path) as settings:
         check_within(settings, 600)
+
+
+def test_a_full_disk_does_not_keep_a_service_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting what fills it takes a service."""
+    monkeypatch.setattr(storage_root, "LEAST_FREE_BYTES", 1 << 62)
+    settings = load_settings(home=tmp_path)
+    make_storage_root(settings)
+    assert is_full(settings)
+    check_within(settings, 600)

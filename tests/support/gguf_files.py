@@ -25,8 +25,25 @@ def write_gguf(
 
     `settings` and `tensors` are added to its own; tensors whose name contains `leave_out` are left out.
     """
-    config = model.config
     writer = gguf.GGUFWriter(path, architecture)
+    _add_fields(writer, model.config)
+    for key, value in (settings or {}).items():
+        kinds: dict[type, Any] = {
+            str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+            list: writer.add_array,
+        }  # fmt: skip
+        kinds[type(value)](key, value)
+    _add_weights(writer, model, leave_out)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_fields(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What the model is, and a tokenizer of 60 tokens."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -44,12 +61,10 @@ def write_gguf(
     writer.add_token_merges(["A B"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    for key, value in (settings or {}).items():
-        kinds: dict[type, Any] = {
-            str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-            list: writer.add_array,
-        }  # fmt: skip
-        kinds[type(value)](key, value)
+
+
+def _add_weights(writer: gguf.GGUFWriter, model: Any, leave_out: str) -> None:
+    config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if leave_out in name:
@@ -60,9 +75,3 @@ def write_gguf(
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         stem, kind = name.rsplit(".", 1)
         writer.add_tensor(f"{names.get_name(stem)}.{kind}", np.ascontiguousarray(values))
-    for name, values in (tensors or {}).items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

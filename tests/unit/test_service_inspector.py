@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gnomon.errors import CorruptArtifact, InvalidRequest, Unavailable
+from gnomon.errors import CorruptArtifact, GnomonError, InvalidRequest, Unavailable
 from gnomon.specs import HarvestSpec
 from gnomon_service.planning.inspector import MOST_INQUIRIES, Inspector
 from gnomon_storage import digests, known_digests
 from gnomon_storage.activations import ActivationStore
+from gnomon_workers.harvest import inspection
 from gnomon_workers.harvest.inspection import inspect_harvest
 from tests.support.service_api import write_inputs
 from tests.support.stores import make_store
@@ -142,6 +143,21 @@ def test_a_process_that_dies_refuses_the_request_and_no_other(inputs: Path) -> N
     assert [error.code for error in died] == ["unreadable_input"]
     assert inspector.harvest(harvest(inputs), (str(inputs),)).hooks == {"model.layers.1": 16}
     inspector.close()
+
+
+def test_a_fault_of_the_service_is_not_blamed_on_the_request(inspector: Inspector) -> None:
+    with pytest.raises(GnomonError, match="its log says why") as caught:
+        inspector._ask({"nothing": "that is known"})
+    assert (caught.value.status, caught.value.code) == (500, "internal")
+
+
+def test_too_much_memory_is_told_as_such(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def grow(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(inspection, "inspect_harvest", grow)
+    question = {"harvest": harvest(inputs).model_dump(mode="json"), "input_roots": [str(inputs)]}
+    assert inspection.answer(question)["problem"]["code"] == "unreadable_input"
 
 
 def children_reading() -> list[int]:

@@ -54,7 +54,7 @@ class Dispatcher:
     settings: Settings
     owner: str
     """Unlike that of any other dispatcher, past or present."""
-    is_clusters_end: bool = False
+    ends_with_cluster: bool = False
     """Whether the cluster stops when this dispatcher does: its jobs are then queued again, and not left to another."""
     clock: Callable[[], float] = time.monotonic
     _runs: dict[str, _Run] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Dispatcher:
 
     def hand_back(self) -> None:
         """Let go of every lease at once; the gangs go on and are adopted, unless the cluster stops too."""
-        give = self.leases.put_back if self.is_clusters_end else self.leases.hand_back
+        give = self.leases.put_back if self.ends_with_cluster else self.leases.hand_back
         for run in self._held_runs():
             try:
                 give(run.lease)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from gnomon.errors import InvalidRequest, Unavailable, from_problem
+from gnomon.errors import GnomonError, InvalidRequest, Unavailable, from_problem
 from gnomon.specs import HarvestSpec
 from gnomon_storage.digests import combine
 from gnomon_workers.harvest.inspection import SeenHarvest
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ABANDONED_S: Final = 300.0
 """A look that no one has asked for any more in this time is given up."""
+_LAST_WORDS_S: Final = 10.0
 N_PROCESSES: Final = 4
 MOST_INQUIRIES: Final = 64
 
@@ -125,8 +126,10 @@ class Inspector:
             inquiry.is_answered.set()
 
     def _answer(self, inquiry: _Inquiry, process: subprocess.Popen[str] | None) -> Mapping[str, Any]:
-        if process is None or process.poll() is not None:
-            process = _start()
+        if process is not None and process.poll() is not None:
+            _end(process)
+            process = None
+        process = process or _start()
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError):  # it has died: the empty answer says so
@@ -137,7 +140,9 @@ class Inspector:
                 _end(process)
                 return _problem(_given_up())
         line = process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LAST_WORDS_S)  # how it ends by itself says what is to blame
             _end(process)
             logger.error("an inspection died", extra={"status": process.returncode})
             return _problem(_died(process.returncode))
@@ -181,13 +186,16 @@ def _given_up() -> Unavailable:
     return Unavailable("the look at this request was given up; send it again", code="busy")
 
 
-def _died(status: int | None) -> InvalidRequest:
-    return InvalidRequest(
-        f"the files that this request names could not be looked at: reading them ended the process (status {status}), "
-        "as too much memory does; look at them, and give the text as .jsonl",
-        code="unreadable_input",
-    )
+def _died(status: int) -> GnomonError:
+    """What is to blame: the files where the system ended the process, the code where it ended itself."""
+    if status < 0:
+        return InvalidRequest(
+            f"the files that this request names could not be looked at: reading them ended the process (signal "
+            f"{-status}), as too much memory does; look at them, and give the text as .jsonl",
+            code="unreadable_input",
+        )
+    return GnomonError("the service failed to look at what this request names; its log says why")
 
 
-def _problem(error: InvalidRequest | Unavailable) -> Mapping[str, Any]:
+def _problem(error: GnomonError) -> Mapping[str, Any]:
     return {"problem": {"status": error.status, "code": error.code, "detail": error.message}}

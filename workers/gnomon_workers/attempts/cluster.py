@@ -111,6 +111,7 @@ class RayCluster:
         if supervisor is not None:
             # its actors are owned by it, and end with it
             self._answering(lambda: ray.kill(supervisor))
+        self._silent.pop(_name(job_id, attempt), None)
 
     def snapshot(self) -> ClusterSnapshot:
         """Cores, GPUs and nodes of the cluster, whoever uses them now."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from gnomon.errors import GnomonError
+from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
@@ -66,9 +66,21 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
             seen = inspect_harvest(HarvestSpec.read(question["harvest"]), question["input_roots"])
             return {"seen": asdict(seen)}
         inspect_store(question["store"])
+    except MemoryError:
+        return _problem(
+            InvalidRequest(
+                f"reading the files that this request names takes more than {MOST_BYTES >> 30} GiB of memory; look at "
+                "them, and give the text as .jsonl",
+                code="unreadable_input",
+            )
+        )
     except GnomonError as error:
-        return {"problem": {"status": error.status, "code": error.code, "detail": error.message, **error.detail}}
+        return _problem(error)
     return {"seen": None}
+
+
+def _problem(error: GnomonError) -> dict[str, Any]:
+    return {"problem": {"status": error.status, "code": error.code, "detail": error.message, **error.detail}}
 
 
 def main() -> None:

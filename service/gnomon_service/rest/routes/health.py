@@ -10,10 +10,10 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from gnomon.errors import GnomonError, StoreUnavailable
+from gnomon.errors import GnomonError
 from gnomon_service.db.reads import dispatcher_age_s
 from gnomon_service.rest.deps import Reader, Services, ServicesDep
-from gnomon_service.storage_root import check_storage_root
+from gnomon_service.storage_root import check_storage_root, is_full
 
 router = APIRouter(tags=["health"])
 
@@ -85,10 +85,5 @@ def _dispatcher_state(services: Services) -> str:
 
 
 def _store_state(services: Services) -> str:
-    try:
-        check_storage_root(services.settings)
-    except StoreUnavailable as error:
-        if error.code != "store_full":
-            raise
-        return "full"
-    return "ok"
+    check_storage_root(services.settings)
+    return "full" if is_full(services.settings) else "ok"
