@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from gnomon._requests import Flow, Request
 from gnomon._settings import ClientSettings
-from gnomon.errors import GnomonError, InvalidRequest, Unavailable, from_problem
+from gnomon.errors import GnomonError, InvalidRequest, TooManyRequests, Unavailable, from_problem
 
 T = TypeVar("T")
 logger = logging.getLogger("gnomon")
@@ -185,9 +185,11 @@ def _wait_for_reading(request: Request[Any], error: Unavailable) -> None:
 
 def _attempts(request: Request[Any], settings: ClientSettings) -> Any:
     def may_repeat(error: Exception) -> bool | float:
-        if not isinstance(error, Unavailable) or error.code == "still_reading":
+        if not isinstance(error, Unavailable | TooManyRequests):
             return False
-        if not request.idempotent and error.code != "unreachable":
+        if error.code == "still_reading" or (isinstance(error, TooManyRequests) and error.code != "rate_limited"):
+            return False
+        if not request.idempotent and error.code not in ("unreachable", "rate_limited"):  # of which nothing was done
             return False
         wait_s: float | None = error.detail.get("retry_after_s")
         return True if wait_s is None else min(float(wait_s), 10.0)

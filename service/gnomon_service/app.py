@@ -16,6 +16,7 @@ from gnomon_service.rest.deps import Services
 from gnomon_service.rest.key_gate import KeyGate
 from gnomon_service.rest.metrics import Metrics, RequestMetrics
 from gnomon_service.rest.problems import add_problem_handlers
+from gnomon_service.rest.rate_limits import RateLimits
 from gnomon_service.rest.routes import activations, cluster, dictionaries, health, jobs, keys
 from gnomon_service.settings import Settings
 from gnomon_service.storage_root import make_storage_root
@@ -66,6 +67,6 @@ def make_app(settings: Settings) -> FastAPI:
         max_json_depth=settings.max_json_depth,
         body_timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(KeyGate, keys=services.keys)
+    app.add_middleware(KeyGate, keys=services.keys, limits=RateLimits(settings.requests_per_s))
     app.add_middleware(RequestMetrics, metrics=app.state.metrics)
     return app

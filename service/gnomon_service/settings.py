@@ -70,6 +70,8 @@ class Settings(BaseSettings):
     """Longest time a client may take to send a body."""
     reading_s: Annotated[float, Field(gt=0)] = 20.0
     """Longest time a submit waits while the model and text that it names are read; then it is told to ask again."""
+    requests_per_s: Annotated[float, Field(gt=0)] = 200.0
+    """Requests that one key may send to one API process, on average; two seconds' worth of them at once."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
 

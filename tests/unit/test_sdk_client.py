@@ -22,7 +22,7 @@ from gnomon._http import translated_errors
 from gnomon.async_client import AsyncClient, AsyncJobHandle, AsyncRemoteDictionary
 from gnomon.client import Client, JobHandle, RemoteDictionary
 from gnomon.specs import HarvestSpec, JobRequest
-from tests.support.sdk_server import HARVEST, JOB_ID, KEY, URL, Script, answer, client_of, event, job, problem
+from tests.support.sdk_server import HARVEST, JOB_ID, KEY, NOW, URL, Script, answer, client_of, event, job, problem
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +124,18 @@ def test_making_a_key_is_repeated_only_if_it_was_never_sent() -> None:
     with pytest.raises(errors.Forbidden):
         client_of(refused).create_key("k")
     assert refused.is_over
+
+
+def test_a_request_too_many_is_sent_again_though_it_may_not_be_repeated() -> None:
+    made = answer(
+        {"id": "k", "project": "p", "name": "k", "scopes": ["read"], "created_at": NOW, "key": "gnm_k_s"}, 201
+    )
+    limited = Script(problem(429, "rate_limited", "too many"), made)
+    assert client_of(limited).create_key("k").id == "k"
+    assert limited.is_over
+    quota = Script(problem(429, "quota_exceeded", "no more"))
+    with pytest.raises(errors.TooManyRequests):
+        client_of(quota).create_key("k")
 
 
 def test_repeats_end() -> None:

@@ -7,21 +7,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gnomon.errors import GnomonError
 from gnomon_service.rest.problems import as_problem
+from gnomon_service.rest.rate_limits import RateLimits
 from gnomon_service.tenancy.keys import Keys
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
 
 
 class KeyGate:
-    """Authenticates each request and puts its Principal into the scope; refuses all others.
+    """Authenticates each request and puts its Principal into the scope; refuses all others, and a key that is too busy.
 
     It stands before routing, so that a route cannot be added without it, and an absent one looks like any other
     to someone without a key.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, limits: RateLimits) -> None:
         self._app = app
         self._keys = keys
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -34,6 +36,7 @@ class KeyGate:
         if scope["path"] not in PUBLIC_PATHS:
             try:
                 principal = await run_in_threadpool(self._keys.authenticate, _bearer(scope))
+                self._limits.take(principal.key_id)
             except GnomonError as error:
                 await as_problem(error)(scope, receive, send)
                 return

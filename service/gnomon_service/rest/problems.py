@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from gnomon.errors import GnomonError, InvalidRequest, Unauthenticated, Unavailable
+from gnomon.errors import GnomonError, InvalidRequest, TooManyRequests, Unauthenticated, Unavailable
 from gnomon_service.jobs.transitions import clean
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ def as_problem(error: GnomonError) -> ProblemResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Unavailable):
         headers["Retry-After"] = "1"
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(error.detail.get("retry_after_s", 1))
     return make_problem(error.status, error.code, error.message, headers=headers, **error.detail)
 
 
