@@ -60,6 +60,7 @@ jobs = Table(
     Column("kind", String(16), nullable=False),
     Column("name", String(128), nullable=False, default=""),
     Column("state", String(16), nullable=False, default="queued"),
+    Column("job_class", String(8), nullable=False, server_default="normal"),  # as gnomon.specs.JobClass
     Column("priority", Integer, nullable=False, default=0),
     Column("spec", JSON, nullable=False),
     Column("store_id", String(40), nullable=False),
@@ -71,6 +72,13 @@ jobs = Table(
     Column("not_before", Float, nullable=False, default=0.0),
     Column("deadline_at", Float),
     Column("cancel_requested", Boolean, nullable=False, default=False),
+    Column("paused_by", String(128)),  # a key; the job waits until somebody resumes it
+    Column("leave_why", String),  # its attempt was asked to save what it has and leave; NULL = it was not
+    Column("places", JSON(none_as_null=True)),  # node of each device that the attempt holds
+    Column("places_wanted", JSON(none_as_null=True)),  # those that it shall hold, where they are others
+    Column("mesh", JSON(none_as_null=True)),  # [dp, features], fixed by the first attempt of a training
+    Column("guest_until", Float),  # it holds room that is promised to another job from then on
+    Column("waits_in_queue", JSON(none_as_null=True)),  # position, ahead and reason, as the scheduler saw it last
     Column("lease_owner", String(128)),
     Column("lease_until", Float),
     Column("created_at", Float, nullable=False),
@@ -112,8 +120,9 @@ attempts = Table(
     Column("job_id", ForeignKey("jobs.id"), primary_key=True),
     Column("attempt", Integer, primary_key=True, autoincrement=False),
     Column("lease_owner", String(128), nullable=False),
-    Column("state", String(16), nullable=False),  # live, succeeded, failed, lost or cancelled
+    Column("state", String(16), nullable=False),  # live, succeeded, failed, lost, left or cancelled
     Column("last_report_seq", Integer, nullable=False, default=0),
+    Column("n_devices", Integer, nullable=False, server_default="0"),
     Column("started_at", Float, nullable=False),
     Column("ended_at", Float),
     Column("released", Boolean, nullable=False, default=False),  # nothing of it is left on the cluster
@@ -181,4 +190,29 @@ cluster = Table(
     Column("n_gpus", Float, nullable=False, default=0.0),
     Column("n_nodes", Integer, nullable=False, default=0),
     Column("dispatcher_at", Float),  # when a dispatcher's loop last came round
+    Column("leader", String(128)),  # the dispatcher that decides what is started
+    Column("leader_until", Float),
+    Column("drained_by", String(128)),  # a key; nothing is started until somebody ends that
+)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(255), nullable=False),
+    Column("n_cpus", Float, nullable=False),
+    Column("n_gpus", Float, nullable=False),
+    Column("memory_bytes", BigInteger),
+    Column("seen_at", Float, nullable=False),  # older than the cluster's own: it is gone
+    Column("drained_by", String(128)),
+)
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("name", String(64), primary_key=True),  # one that is absent has what is written here by default
+    Column("weight", Float, nullable=False, server_default="1"),
+    Column("n_jobs_most", Integer),
+    Column("n_devices_most", Integer),
+    Column("held_by", String(128)),  # a key; nothing of the project is started until somebody ends that
 )

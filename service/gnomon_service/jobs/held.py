@@ -33,6 +33,10 @@ class HeldJob:
     """Whether its attempt was started on the cluster for certain."""
     last_report_seq: int
     """Reports up to this one are stored."""
+    places: tuple[str, ...] = ()
+    """The node of each device that it holds."""
+    mesh: tuple[int, int] | None = None
+    """(dp, features) of a training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,22 @@ class Wish:
 
     cancel_requested: bool
     deadline_passed: bool
+    leave_why: str | None = None
+    """Why it shall save what it has and leave; None where it shall not."""
+    places: tuple[str, ...] | None = None
+    """Devices that it shall hold, where they are others than it does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a job is to run."""
+
+    places: tuple[str, ...] = ()
+    """The node of each device."""
+    mesh: tuple[int, int] | None = None
+    """(dp, features) of a training."""
+    guest_for_s: float | None = None
+    """The devices are promised to another job after so long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ raises LeaseLost, and whoever gets that must stop. Times are the database's.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -28,9 +28,10 @@ from gnomon.errors import LeaseLost
 from gnomon.events import CheckpointSaved, Logged, Progressed, SegmentCommitted
 from gnomon.resources import JobKind
 from gnomon_service.db.engine import Database, database_now
-from gnomon_service.db.tables import attempts, job_dependencies, jobs
-from gnomon_service.jobs.held import HeldJob, Lease, RetryPolicy, Wish
-from gnomon_service.jobs.transitions import BY_USER, add_events, as_row, clean, end, move, requeue
+from gnomon_service.db.tables import attempts, jobs
+from gnomon_service.jobs.held import HeldJob, Lease, Placement, RetryPolicy, Wish
+from gnomon_service.jobs.transitions import BY_USER, add_events, as_row, clean, end, move, put_back, requeue
+from gnomon_service.jobs.waiting import is_ready
 
 _HELD_STATES = ("scheduled", "running")
 
@@ -43,11 +44,12 @@ class Leases:
         self._lease_s = lease_s
         self._retry = retry
 
-    def claim(self, owner: str) -> HeldJob | None:
-        """Take the first ready job, highest priority, then oldest; its attempt grows by one."""
+    def claim(self, owner: str, job_id: str, placement: Placement) -> HeldJob | None:
+        """Take a job that is ready to be started somewhere; its attempt grows by one. None if it no longer is ready."""
+        guest_until = None if placement.guest_for_s is None else database_now() + placement.guest_for_s
         with self._database.write() as connection:
-            job_id = connection.execute(_ready()).scalar()
-            if job_id is None:
+            ready = select(jobs.c.id).where(jobs.c.id == job_id, is_ready()).with_for_update(of=jobs, skip_locked=True)
+            if connection.execute(ready).scalar() is None:
                 return None
             row = move(
                 connection,
@@ -55,11 +57,16 @@ class Leases:
                 "scheduled",
                 data={"owner": owner},
                 attempt=jobs.c.attempt + 1,
+                places=list(placement.places),
+                guest_until=guest_until,
+                mesh=None if placement.mesh is None else list(placement.mesh),
+                waits_in_queue=None,
                 **self._lease_values(owner),
             )
             assert row is not None, "a queued row that this transaction locked"
             values = {"job_id": row["id"], "attempt": row["attempt"], "lease_owner": owner}
-            connection.execute(insert(attempts).values(**values, state="live", started_at=database_now()))
+            values |= {"state": "live", "started_at": database_now(), "n_devices": len(placement.places)}
+            connection.execute(insert(attempts).values(values))
             return _held(row, owner, last_report_seq=0)
 
     def adopt(self, owner: str, held: Collection[str] = ()) -> list[HeldJob]:
@@ -98,14 +105,18 @@ class Leases:
 
     def wishes(self, owner: str) -> dict[str, Wish]:
         """What is wanted of the jobs that this owner holds, by job."""
-        is_late = case((jobs.c.deadline_at < database_now(), True), else_=False)
-        statement = select(jobs.c.id, jobs.c.cancel_requested, is_late).where(
-            jobs.c.lease_owner == owner, jobs.c.state.in_(_HELD_STATES)
-        )
+        is_late = case((jobs.c.deadline_at < database_now(), True), else_=False).label("is_late")
+        wanted = (jobs.c.id, jobs.c.cancel_requested, jobs.c.leave_why, jobs.c.places_wanted)
+        statement = select(*wanted, is_late).where(jobs.c.lease_owner == owner, jobs.c.state.in_(_HELD_STATES))
         with self._database.read() as connection:
             return {
-                job_id: Wish(cancel_requested=cancel_requested, deadline_passed=bool(late))
-                for job_id, cancel_requested, late in connection.execute(statement)
+                row.id: Wish(
+                    cancel_requested=row.cancel_requested,
+                    deadline_passed=bool(row.is_late),
+                    leave_why=row.leave_why,
+                    places=None if row.places_wanted is None else tuple(row.places_wanted),
+                )
+                for row in connection.execute(statement)
             }
 
     def hand_back(self, lease: Lease) -> None:
@@ -115,15 +126,22 @@ class Leases:
             if not connection.execute(statement).rowcount:
                 raise _lost(connection, lease)
 
-    def put_back(self, lease: Lease) -> None:
-        """Queue the job again at once, as its gang ends with the cluster that ran it; that is no loss of the job's."""
+    def put_back(self, lease: Lease, why: str) -> None:
+        """Queue the job again at once, as its attempt was asked to end; that is no loss of the job's."""
         with self._database.write() as connection:
             row = self._check(connection, lease)
             if row["cancel_requested"]:
                 end(connection, _fence(lease), "cancelled", code="cancelled", message=BY_USER)
                 return
-            n_losses = row["n_losses"]
-            requeue(connection, _fence(lease), message="the service was stopped", delay_s=0.0, n_losses=n_losses)
+            put_back(connection, _fence(lease), message=why)
+
+    def place(self, lease: Lease, places: Sequence[str]) -> None:
+        """Note which devices the attempt holds by now."""
+        wanted = case((jobs.c.places_wanted == literal(list(places), JSON), None), else_=jobs.c.places_wanted)
+        statement = update(jobs).where(_fence(lease)).values(places=list(places), places_wanted=wanted)
+        with self._database.write() as connection:
+            if not connection.execute(statement).rowcount:
+                raise _lost(connection, lease)
 
     def mark_running(self, lease: Lease) -> None:
         """Note that the attempt was started on the cluster; harmless if that was noted before."""
@@ -254,38 +272,6 @@ def _lost(connection: Connection, lease: Lease) -> LeaseLost:
     )
 
 
-def _ready() -> Select[tuple[str]]:
-    needed = jobs.alias()
-    is_blocked = exists().where(
-        job_dependencies.c.job_id == jobs.c.id,
-        job_dependencies.c.depends_on == needed.c.id,
-        needed.c.state != "succeeded",
-    )
-    # An attempt waits until nothing is left of the last one, nor of another harvest of its store: they
-    # would want the same devices and write the same paths.
-    other = jobs.alias()
-    is_same_store = and_(
-        jobs.c.kind == "harvest",
-        other.c.kind == "harvest",
-        other.c.project == jobs.c.project,
-        other.c.store_id == jobs.c.store_id,
-    )
-    is_unreleased = exists().where(
-        not_(attempts.c.released),
-        attempts.c.job_id == other.c.id,
-        or_(other.c.id == jobs.c.id, is_same_store),
-    )
-    # a job of a kind that only a newer release knows is left to that one's dispatcher
-    is_known = jobs.c.kind.in_(get_args(JobKind))
-    return (
-        select(jobs.c.id)
-        .where(is_known, jobs.c.state == "queued", jobs.c.not_before <= database_now(), ~is_blocked, ~is_unreleased)
-        .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
-        .limit(1)
-        .with_for_update(skip_locked=True, of=jobs)
-    )
-
-
 def _attempt_of(lease: Lease) -> Select[Any]:
     return select(attempts.c.last_report_seq).where(
         attempts.c.job_id == lease.job_id, attempts.c.attempt == lease.attempt
@@ -313,4 +299,6 @@ def _held(row: RowMapping, owner: str, *, last_report_seq: int) -> HeldJob:
         dictionary_id=row["dictionary_id"],
         is_running=row["state"] == "running",
         last_report_seq=last_report_seq,
+        places=tuple(row["places"] or ()),
+        mesh=None if row["mesh"] is None else (row["mesh"][0], row["mesh"][1]),
     )

@@ -19,7 +19,15 @@ from gnomon_service.jobs.artifacts import attach_metrics, fail_store, keep_dicti
 
 BY_USER = "cancelled by the user"
 
-_NO_LEASE: Mapping[str, Any] = {"lease_owner": None, "lease_until": None}
+_NO_LEASE: Mapping[str, Any] = {
+    "lease_owner": None,
+    "lease_until": None,
+    "places": None,
+    "places_wanted": None,
+    "guest_until": None,
+    "leave_why": None,
+}
+"""What a job no longer has once no attempt of it runs."""
 
 
 def move(
@@ -133,6 +141,14 @@ def requeue(
     row = move(connection, where, "queued", data=data, not_before=not_before, n_losses=n_losses, **_NO_LEASE)
     if row is not None:
         close_attempt(connection, row, "lost", code="attempt_lost", message=clean(message))
+    return row
+
+
+def put_back(connection: Connection, where: ColumnElement[bool], *, message: str) -> RowMapping | None:
+    """Put the one job that matches back into the queue, as its attempt was asked to end: that is no loss of its own."""
+    row = move(connection, where, "queued", data={"code": "put_back", "message": clean(message)}, **_NO_LEASE)
+    if row is not None:
+        close_attempt(connection, row, "left", code="put_back", message=clean(message))
     return row
 
 

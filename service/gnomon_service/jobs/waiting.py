@@ -1,0 +1,114 @@
+"""Jobs that wait, and what each of them waits for but room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from sqlalchemy import ColumnElement, Connection, ScalarSelect, and_, exists, func, not_, or_, select
+
+from gnomon.resources import JobKind
+from gnomon_service.db.engine import database_now
+from gnomon_service.db.tables import attempts, job_dependencies, jobs, projects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A queued job, as the scheduler looks at it."""
+
+    id: str
+    project: str
+    kind: str
+    job_class: str
+    priority: int
+    waited_s: float
+    retry_in_s: float
+    """Until it may run again after a loss; not positive where it may."""
+    waits_for: str | None
+    """A job that must succeed first."""
+    is_clearing: bool
+    """Whether something is left of its last attempt, or of another harvest of its store."""
+    paused_by: str | None
+    held_by: str | None
+    """Who holds its project."""
+    mesh: tuple[int, int] | None
+    """(dp, features) that its first attempt had."""
+    told: dict[str, Any] | None
+    """What was said last of why it waits."""
+
+
+def read_waiting(connection: Connection) -> list[Waiting]:
+    """Every queued job of a kind that this release knows; a newer one's are left to its dispatcher."""
+    statement = (
+        select(
+            jobs.c.id,
+            jobs.c.project,
+            jobs.c.kind,
+            jobs.c.job_class,
+            jobs.c.priority,
+            (database_now() - jobs.c.created_at).label("waited_s"),
+            (jobs.c.not_before - database_now()).label("retry_in_s"),
+            _first_needed().label("waits_for"),
+            _is_unreleased().label("is_clearing"),
+            jobs.c.paused_by,
+            projects.c.held_by,
+            jobs.c.mesh,
+            jobs.c.waits_in_queue.label("told"),
+        )
+        .select_from(jobs.outerjoin(projects, projects.c.name == jobs.c.project))
+        .where(jobs.c.state == "queued", jobs.c.kind.in_(get_args(JobKind)))
+        .order_by(jobs.c.created_at, jobs.c.id)
+    )
+    return [
+        Waiting(**{**row, "is_clearing": bool(row["is_clearing"]), "mesh": _pair(row["mesh"])})
+        for row in connection.execute(statement).mappings()
+    ]
+
+
+def is_ready() -> ColumnElement[bool]:
+    """Whether a job waits for nothing but room."""
+    held = select(projects.c.held_by).where(projects.c.name == jobs.c.project).scalar_subquery()
+    return and_(
+        jobs.c.kind.in_(get_args(JobKind)),
+        jobs.c.state == "queued",
+        jobs.c.not_before <= database_now(),
+        jobs.c.paused_by.is_(None),
+        held.is_(None),
+        _first_needed().is_(None),
+        not_(_is_unreleased()),
+    )
+
+
+def _first_needed() -> ScalarSelect[Any]:
+    needed = jobs.alias()
+    return (
+        select(func.min(needed.c.id))
+        .select_from(job_dependencies.join(needed, job_dependencies.c.depends_on == needed.c.id))
+        .where(job_dependencies.c.job_id == jobs.c.id, needed.c.state != "succeeded")
+        .correlate(jobs)
+        .scalar_subquery()
+    )
+
+
+def _is_unreleased() -> ColumnElement[bool]:
+    """Whether anything is left of the last attempt, or of another harvest of the store.
+
+    They would want the same devices and write the same paths.
+    """
+    other = jobs.alias()
+    is_same_store = and_(
+        jobs.c.kind == "harvest",
+        other.c.kind == "harvest",
+        other.c.project == jobs.c.project,
+        other.c.store_id == jobs.c.store_id,
+    )
+    return exists().where(
+        not_(attempts.c.released),
+        attempts.c.job_id == other.c.id,
+        or_(other.c.id == jobs.c.id, is_same_store),
+    )
+
+
+def _pair(mesh: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if mesh is None else (mesh[0], mesh[1])
