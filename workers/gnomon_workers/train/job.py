@@ -19,7 +19,7 @@ from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.gang import Gang, lost_as_such
 from gnomon_workers.runtime.protocol import Assignment, Report
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
-from gnomon_workers.sae.plan import TrainPlan
+from gnomon_workers.sae.costs import checkpoint_bytes
 from gnomon_workers.train.publishing import export
 from gnomon_workers.train.rank import TrainRank
 from gnomon_workers.train.run import TrainRun, resolve
@@ -87,17 +87,12 @@ def train_gang(run: TrainRun, reporter: Reporter) -> tuple[tuple[Checkpoint, ...
     for folder in folders:
         remove_unfinished(folder, run.assignment.attempt)
     # before the work, or a full disk would be found at every checkpoint anew, after all of its steps
-    folders[0].check_room(sum(checkpoint_bytes(each.plan) for each in run.trainings))
+    folders[0].check_room(sum(checkpoint_bytes(each.plan.shape) for each in run.trainings))
     began = time.monotonic()
     with Gang.start(TrainRank, plan.n_ranks, reporter, env=failpoints.environment()) as gang:
         _drive(gang, run, reporter)
     tokens_per_s = (spec.n_steps - first_step) * spec.batch_size / (time.monotonic() - began)
     return tuple(next(committed_checkpoints(folder)) for folder in folders), tokens_per_s
-
-
-def checkpoint_bytes(plan: TrainPlan) -> int:
-    """About what a checkpoint takes: weights and two moments of each, float32."""
-    return 3 * 4 * plan.d_sae * (plan.d_in + plan.d_out)
 
 
 def _drive(gang: Gang, run: TrainRun, reporter: Reporter) -> None:
