@@ -28,7 +28,7 @@ from gnomon.specs import (
 from gnomon_storage.location import Location
 from gnomon_workers.dictionaries.weights import write_weights
 from gnomon_workers.parallel.mesh import ProcessMesh
-from gnomon_workers.sae.costs import Job, check_fits, checkpoint_bytes, choose_mesh, dictionary_bytes, n_ranks, pay
+from gnomon_workers.sae.costs import TrainJob, check_fits, checkpoint_bytes, choose_mesh, dictionary_bytes, n_ranks, pay
 from gnomon_workers.sae.memory import Rows, kept_bytes, rank_memory, touched_rows
 from gnomon_workers.sae.optimizer import AdamState, owned_rows
 from gnomon_workers.sae.parameters import make_parameters
@@ -170,7 +170,7 @@ def spec_of(**fields: Any) -> TrainSpec:
 
 def test_two_shards_pay_where_they_were_measured_to() -> None:
     """docs/performance.md: two shards take .62 of the time of one, two replicas .81, four of either share two cores."""
-    job = Job.of(spec_of(), 512)
+    job = TrainJob.of(spec_of(), 512)
     one, shards, replicas = (job.step_seconds(mesh) for mesh in (Mesh(), Mesh(features=2), Mesh(dp=2)))
     assert shards / one == pytest.approx(0.62, abs=0.08)
     assert replicas / one == pytest.approx(0.75, abs=0.1)
@@ -180,7 +180,7 @@ def test_two_shards_pay_where_they_were_measured_to() -> None:
 def test_a_small_dictionary_is_not_spread() -> None:
     small = spec_of(d_sae=64, batch_size=64, token_budget=6400)
     assert choose_mesh(small, 16, 64, None) == Mesh()
-    assert pay(Job.of(small, 16), 64, None).why == "on more ranks none is faster"
+    assert pay(TrainJob.of(small, 16), 64, None).why == "on more ranks none is faster"
 
 
 def test_a_mesh_that_is_given_is_taken() -> None:
@@ -188,15 +188,15 @@ def test_a_mesh_that_is_given_is_taken() -> None:
 
 
 def test_memory_asks_for_shards_that_time_does_not() -> None:
-    job = Job.of(spec_of(d_sae=64, batch_size=64, token_budget=6400), 16)
-    large = Job.of(spec_of(d_sae=2**20, batch_size=64, token_budget=6400), 1024)
+    job = TrainJob.of(spec_of(d_sae=64, batch_size=64, token_budget=6400), 16)
+    large = TrainJob.of(spec_of(d_sae=2**20, batch_size=64, token_budget=6400), 1024)
     room = large.memory(Mesh(features=4)).n_bytes + 1.0
     assert pay(large, 8, room).mesh.features >= 4 > pay(job, 8, room).mesh.features
     assert "enough memory" in pay(large, 8, room).why
 
 
 def test_what_can_never_fit_is_refused_with_the_term() -> None:
-    job = Job.of(spec_of(d_sae=2**20, batch_size=8, token_budget=8000), 4096)
+    job = TrainJob.of(spec_of(d_sae=2**20, batch_size=8, token_budget=8000), 4096)
     with pytest.raises(
         InvalidRequest, match="W_enc, W_dec and their moments alone need 12 GiB a rank on 1 x 8"
     ) as caught:
@@ -208,7 +208,7 @@ def test_what_can_never_fit_is_refused_with_the_term() -> None:
 
 sizes = st.integers(1, 12).map(lambda power: 2**power)
 jobs = st.builds(
-    lambda d_in, d_sae, batch, k, activation: Job.of(
+    lambda d_in, d_sae, batch, k, activation: TrainJob.of(
         TrainSpec(
             activations=StoredActivations(id="act_" + "0" * 32),
             d_sae=max(d_sae, 32),
@@ -227,7 +227,7 @@ jobs = st.builds(
 
 
 @given(job=jobs, n_devices=st.integers(1, 24), gib=st.one_of(st.none(), st.floats(0.01, 16)))
-def test_a_chosen_mesh_divides_fits_and_is_worth_its_devices(job: Job, n_devices: int, gib: float | None) -> None:
+def test_a_chosen_mesh_divides_fits_and_is_worth_its_devices(job: TrainJob, n_devices: int, gib: float | None) -> None:
     memory_bytes = None if gib is None else gib * 2**30
     try:
         mesh = pay(job, n_devices, memory_bytes).mesh
@@ -247,13 +247,13 @@ def test_a_chosen_mesh_divides_fits_and_is_worth_its_devices(job: Job, n_devices
 
 
 @given(job=jobs, n_devices=st.integers(1, 16))
-def test_more_devices_never_make_the_chosen_mesh_slower(job: Job, n_devices: int) -> None:
+def test_more_devices_never_make_the_chosen_mesh_slower(job: TrainJob, n_devices: int) -> None:
     fewer, more = (job.step_seconds(pay(job, n, None).mesh) for n in (n_devices, n_devices + 1))
     assert more <= fewer
 
 
 @given(job=jobs)
-def test_one_rank_sends_nothing_and_shards_divide_the_state(job: Job) -> None:
+def test_one_rank_sends_nothing_and_shards_divide_the_state(job: TrainJob) -> None:
     (one,) = job.shapes(Mesh())
     assert sent_bytes(one) == 0
     (two,) = job.shapes(Mesh(features=2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from gnomon.errors import InvalidRequest
@@ -47,7 +47,7 @@ def dictionary_bytes(shape: Shape) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class TrainJob:
     """A train spec on its store, before its mesh is known."""
 
     spec: TrainSpec
@@ -81,6 +81,10 @@ class Job:
             device=device,
             rows=rows or Rows(n_rows=UNKNOWN_ROWS, n_hooks=len(spec.hook_names or ("",))),
         )
+
+    def with_rows(self, rows: Rows) -> Self:
+        """The same on rows that are known by now."""
+        return replace(self, rows=rows)
 
     def shapes(self, mesh: Mesh) -> list[Shape]:
         """The shape of every variant on a mesh."""
@@ -150,11 +154,11 @@ def choose_mesh(
     """
     if isinstance(spec.mesh, Mesh):
         return spec.mesh
-    job = Job.of(spec, d_in, d_out=d_out, device=device, rows=rows)
+    job = TrainJob.of(spec, d_in, d_out=d_out, device=device, rows=rows)
     return pay(job, n_devices, memory_bytes).mesh
 
 
-def pay(job: Job, n_devices: int, memory_bytes: float | None) -> Choice:
+def pay(job: TrainJob, n_devices: int, memory_bytes: float | None) -> Choice:
     """The fastest mesh that leaves no device idle for more than 1 - WORTH of its time.
 
     Counted from the smallest mesh that has the memory: with n times its devices, another must be WORTH n times as fast.
@@ -190,7 +194,7 @@ def _why(best: Mesh, base: Mesh, seconds: dict[Mesh, float], n_devices: int, mem
     return "; ".join(filter(None, said)) or f"{named(best)} takes all there is"
 
 
-def _with_memory(job: Job, meshes: list[Mesh], memory_bytes: float | None) -> list[Mesh]:
+def _with_memory(job: TrainJob, meshes: list[Mesh], memory_bytes: float | None) -> list[Mesh]:
     """Meshes whose ranks have the memory; where none is expected to, the one that needs the least."""
     if memory_bytes is None:
         return meshes
@@ -203,7 +207,7 @@ def _with_memory(job: Job, meshes: list[Mesh], memory_bytes: float | None) -> li
     return [least]
 
 
-def check_fits(job: Job, mesh: Mesh, memory_bytes: float | None) -> None:
+def check_fits(job: TrainJob, mesh: Mesh, memory_bytes: float | None) -> None:
     """Raise InvalidRequest, "does_not_fit", where weights and moments alone exceed the memory of a rank.
 
     No batch is so small that they would fit. What a batch takes besides is an estimate, and refuses nothing.

@@ -140,7 +140,7 @@ def _mesh_of(choose: Callable[..., Mesh], before: Checkpoint | None) -> Mesh:
     devices = Devices.of_cluster()
     if before is not None and 0 < before.dp * len(before.shards) <= devices.n_members:
         return Mesh(dp=before.dp, features=len(before.shards))
-    mesh = choose(devices.n_members, None, device="gpu" if devices.use_gpu else "cpu")
+    mesh = choose(devices.n_members, None, device=devices.kind)
     if mesh.dp * mesh.features > devices.n_members:
         raise InvalidRequest(
             f"mesh {mesh.dp} x {mesh.features} needs {mesh.dp * mesh.features} "
