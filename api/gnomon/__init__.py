@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         RowFvu,
         StepMetrics,
     )
+    from gnomon.plans import DiskPlan, Duration, HarvestPlan, JobPlan, MemoryPlan, MeshPlan
     from gnomon.resources import (
         ActivationStoreRecord,
         ApiKey,
@@ -56,11 +57,13 @@ if TYPE_CHECKING:
         DictionaryRecord,
         EvaluateResult,
         Event,
+        HarvestedOn,
         HarvestResult,
         Job,
         JobError,
         NewApiKey,
         TrainedDictionary,
+        TrainedOn,
         TrainResult,
         UnknownResult,
     )
@@ -111,8 +114,10 @@ __all__ = [
     "DensityHistogram",
     "DictionaryMetrics",
     "DictionaryRecord",
+    "DiskPlan",
     "DocumentPacking",
     "DropPolicy",
+    "Duration",
     "EvaluateResult",
     "EvaluateSpec",
     "Evaluation",
@@ -121,20 +126,25 @@ __all__ = [
     "Forbidden",
     "Gated",
     "GnomonError",
+    "HarvestPlan",
     "HarvestResult",
     "HarvestSpec",
+    "HarvestedOn",
     "Histogram",
     "InvalidRequest",
     "Job",
     "JobError",
     "JobFailed",
     "JobHandle",
+    "JobPlan",
     "JobRequest",
     "JumpReLU",
     "LeaseLost",
     "Logged",
     "Matryoshka",
+    "MemoryPlan",
     "Mesh",
+    "MeshPlan",
     "ModelSource",
     "NewApiKey",
     "NotFound",
@@ -159,6 +169,7 @@ __all__ = [
     "TrainSpec",
     "TrainVariant",
     "TrainedDictionary",
+    "TrainedOn",
     "TrainingMeasured",
     "Unauthenticated",
     "Unavailable",
@@ -168,7 +179,7 @@ __all__ = [
     "load",
 ]
 
-_MODULES = ("specs", "errors", "resources", "events", "metrics", "client", "async_client", "loading")
+_MODULES = ("specs", "errors", "resources", "plans", "events", "metrics", "client", "async_client", "loading")
 
 
 def __getattr__(name: str) -> Any:

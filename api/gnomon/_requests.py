@@ -11,6 +11,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from gnomon.errors import InvalidRequest
+from gnomon.plans import JobPlan
 from gnomon.resources import (
     ActivationStoreRecord,
     ApiKey,
@@ -70,6 +71,12 @@ def submit(spec: Submittable, options: SubmitOptions) -> Request[Job]:
     body = job_request(spec, fields).model_dump(mode="json")
     headers = {"Idempotency-Key": key}
     return Request(method="POST", path="/v1/jobs", parse=Job.read, body=body, headers=headers)
+
+
+def plan(spec: Submittable) -> Request[JobPlan]:
+    """POST /v1/plans; changes nothing, so it may be repeated."""
+    body = job_request(spec, {}).model_dump(mode="json")
+    return Request(method="POST", path="/v1/plans", parse=JobPlan.read, body=body)
 
 
 def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:

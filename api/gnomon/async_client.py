@@ -18,6 +18,7 @@ from gnomon._results import JobResult, result_of
 from gnomon._settings import resolve_settings
 from gnomon._sse import GLANCE_S, Deadline, EventCursor
 from gnomon.errors import Unavailable
+from gnomon.plans import JobPlan
 from gnomon.progress import Display, make_display
 from gnomon.resources import (
     TERMINAL_STATES,
@@ -83,6 +84,10 @@ class AsyncClient:
     async def submit(self, spec: Submittable, **options: Unpack[SubmitOptions]) -> AsyncJobHandle[Any]:
         """Queue a job; see `Client.submit`."""
         return AsyncJobHandle(self, await self._session.send(_requests.submit(spec, options)))
+
+    async def plan(self, spec: Submittable) -> JobPlan:
+        """What a job would take, without queuing it; see `Client.plan`."""
+        return await self._session.send(_requests.plan(spec))
 
     async def jobs(
         self, *, state: JobState | None = None, kind: JobKind | None = None, limit: int | None = 100

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gnomon._plan_text import show_plan
 from gnomon._plugins import CommandGroup
 from gnomon._results import read_result
 from gnomon._screen import (
@@ -129,6 +130,20 @@ def submit(
         _show_job(handle.job)
     else:
         show_line(handle.id)
+
+
+@app.command(
+    epilog="Of every mesh that the cluster holds, dp replicas x features shards: memory a rank, speed, hours, cost; "
+    "* is the one that it would run on. OFF BY falls as jobs finish here. Example: `gnomon plan train.json`"
+)
+def plan(
+    ctx: typer.Context,
+    file: Annotated[typer.FileText, typer.Argument(help="A spec or a whole request as JSON; - reads standard input.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job would take, of disk, memory, time and money; queues nothing."""
+    found = _client(ctx).plan(_read_spec(file))
+    show_json(found) if as_json else show_plan(found)
 
 
 @app.command(epilog="Example: `gnomon jobs --state running`")

@@ -23,6 +23,7 @@ from gnomon._results import JobResult, result_of
 from gnomon._settings import resolve_settings
 from gnomon._sse import GLANCE_S, Deadline, EventCursor
 from gnomon.errors import Unavailable
+from gnomon.plans import JobPlan
 from gnomon.progress import Display, make_display
 from gnomon.resources import (
     TERMINAL_STATES,
@@ -99,6 +100,13 @@ class Client:
         Raises InvalidRequest where the spec can never work.
         """
         return JobHandle(self, self._session.send(_requests.submit(spec, options)))
+
+    def plan(self, spec: Submittable) -> JobPlan:
+        """What a job would take, of memory, disk, time and money, without queuing it.
+
+        Raises what `submit` would raise.
+        """
+        return self._session.send(_requests.plan(spec))
 
     def jobs(self, *, state: JobState | None = None, kind: JobKind | None = None, limit: int | None = 100) -> list[Job]:
         """Jobs, newest first; limit=None for all."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from gnomon.events import TERMINAL_STATES, EventData, JobState, Progressed, read_event
 from gnomon.metrics import DictionaryMetrics
-from gnomon.specs import AnySpec
+from gnomon.specs import AnySpec, Mesh
 from gnomon.specs.base import Document
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "EvaluateResult",
     "Event",
     "HarvestResult",
+    "HarvestedOn",
     "Job",
     "JobError",
     "JobKind",
@@ -33,6 +34,7 @@ __all__ = [
     "StoreState",
     "TrainResult",
     "TrainedDictionary",
+    "TrainedOn",
     "UnknownResult",
 ]
 
@@ -47,6 +49,15 @@ class JobError(Document):
     """Stable, for programs."""
     message: str
     """For people: what, got, wanted, next."""
+
+
+class HarvestedOn(Document):
+    """What the last attempt at a harvest ran on: plans of others are learned from it."""
+
+    device: Literal["cpu", "gpu"] | str
+    n_workers: int
+    n_parameters: int
+    """Of the model."""
 
 
 class HarvestResult(Document):
@@ -65,6 +76,8 @@ class HarvestResult(Document):
     """Where the first of them are, and what is wrong with them."""
     tokens_per_s: float | None = None
     """Tokens a second over the whole phase."""
+    run: HarvestedOn | None = None
+    """None where every segment was there."""
 
 
 class TrainedDictionary(Document):
@@ -73,6 +86,21 @@ class TrainedDictionary(Document):
     dictionary_id: str
     metrics: DictionaryMetrics
     """As of a TrainResult."""
+
+
+class TrainedOn(Document):
+    """What the last attempt at a training ran on, and how fast: plans of others are learned from it."""
+
+    mesh: Mesh
+    device: Literal["cpu", "gpu"] | str
+    """What every rank had one of."""
+    d_in: int
+    d_out: int | None = None
+    """Width of a transcoder's target."""
+    tokens_per_s: float
+    """While its steps were made, without the start."""
+    peak_memory_bytes: int | None = None
+    """Most memory that rank 0 ever held."""
 
 
 class TrainResult(Document):
@@ -85,6 +113,8 @@ class TrainResult(Document):
     """What is known of the dictionary: on held-out activations, and from its weights."""
     dictionaries: dict[str, TrainedDictionary] = Field(default_factory=dict)
     """By the variants' names; empty where there are no variants."""
+    run: TrainedOn | None = None
+    """None where all steps were made by attempts of an earlier release, or before the last one."""
 
 
 class EvaluateResult(Document):

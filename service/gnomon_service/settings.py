@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     """Longest time a submit waits while the model and text that it names are read; then it is told to ask again."""
     requests_per_s: Annotated[float, Field(gt=0)] = 200.0
     """Requests that one key may send to one API process, on average; two seconds' worth of them at once."""
+    price_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    """What an hour of a GPU costs; plans then tell what jobs would cost. None = they do not."""
+    price_cpu_hour: Annotated[float, Field(ge=0)] | None = None
+    """What an hour of a core costs, where jobs run on cores."""
+    currency: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,16}$")] | None = None
+    """Of the prices, as it is to be shown: "EUR", say."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
 

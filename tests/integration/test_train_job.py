@@ -431,7 +431,9 @@ def test_a_mesh_of_auto_is_kept_by_later_attempts(
     cluster: RayCluster, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cluster has grown meanwhile: another mesh would go on, and not on the same bits."""
-    task = assignment(root, "job_auto", mesh="auto", token_budget=64 * 60)
+    # of a smaller one no second rank would pay
+    large: dict[str, Any] = {"mesh": "auto", "d_sae": 2**16, "batch_size": 1024, "token_budget": 1024 * 60}
+    task = assignment(root, "job_auto", **large)
     monkeypatch.setattr(Devices, "of_cluster", classmethod(lambda _: Devices(n_cpus=2, n_gpus=0)))
     assert resolve(task).plan.mesh == Mesh(dp=1, features=2)
     checkpoint = {"format": FORMAT, "step": 50, "attempt": 1, "state": {}, "max_alignment_deviation": 0.0, "dp": 1}
@@ -440,7 +442,7 @@ def test_a_mesh_of_auto_is_kept_by_later_attempts(
     place.child("manifest.json").write_json(checkpoint | {"shards": [shard, shard | {"start": 32, "stop": 64}]})
     monkeypatch.setattr(Devices, "of_cluster", classmethod(lambda _: Devices(n_cpus=4, n_gpus=0)))
     assert resolve(task).plan.mesh == Mesh(dp=1, features=2)
-    assert resolve(assignment(root, "job_other", mesh="auto")).plan.mesh == Mesh(dp=1, features=4)
+    assert resolve(assignment(root, "job_other", **large)).plan.mesh == Mesh(dp=1, features=4)
     monkeypatch.setattr(Devices, "of_cluster", classmethod(lambda _: Devices(n_cpus=1, n_gpus=0)))
     assert resolve(task).plan.mesh == Mesh(dp=1, features=1), "what the cluster cannot hold is not waited for"
 

@@ -14,7 +14,6 @@ from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint
 from gnomon_workers.parallel.clock import WORK, StepClock
 from gnomon_workers.parallel.mesh import Axis, ProcessMesh
-from gnomon_workers.train.exchange import exchanges_batch
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import load_checkpoint
 from gnomon_workers.train.step import TrainStep
@@ -79,9 +78,9 @@ def test_dense_gradients_lead_where_the_exchanged_batch_does(ranks: RankPool, dp
 def test_the_cheaper_scheme_is_chosen_by_size() -> None:
     large = plan_of(d_in=512, d_sae=2**17, batch_size=4096, token_budget=4096, mesh=Mesh(dp=2), activation=TopK(k=32))
     small = plan_of(d_in=512, d_sae=1024, batch_size=4096, token_budget=4096, mesh=Mesh(dp=2), activation=TopK(k=32))
-    assert exchanges_batch(large) and not exchanges_batch(small)
+    assert large.shape.exchanges_batch and not small.shape.exchanges_batch
     forced = plan_of(d_in=512, d_sae=2**17, batch_size=4096, token_budget=4096, gradient_exchange="dense")
-    assert not exchanges_batch(forced)
+    assert not forced.shape.exchanges_batch
 
 
 def test_nested_time_counts_for_the_innermost(monkeypatch: pytest.MonkeyPatch) -> None:

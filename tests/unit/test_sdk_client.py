@@ -15,6 +15,7 @@ from pydantic import BaseModel
 import gnomon
 import gnomon.events
 import gnomon.metrics
+import gnomon.plans
 import gnomon.resources
 import gnomon.specs
 from gnomon import errors
@@ -254,7 +255,7 @@ def test_public_names_are_sorted_and_exist() -> None:
     assert all(getattr(gnomon, name) is not None for name in gnomon.__all__)
     assert set(gnomon.__all__) < set(dir(gnomon))
     inner = {"Spec", "Document", "Measured"}
-    for module in (gnomon.specs, gnomon.events, gnomon.metrics, gnomon.resources):
+    for module in (gnomon.specs, gnomon.events, gnomon.metrics, gnomon.resources, gnomon.plans):
         models = {
             name
             for name, value in vars(module).items()

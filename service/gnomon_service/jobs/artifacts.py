@@ -140,7 +140,7 @@ def end_deletion(connection: Connection, project: str, store_id: str) -> None:
     _set_state(connection, project, store_id, state="deleted", n_rows=None, n_held_out_rows=None, n_bytes=None)
 
 
-def check_not_deleting(store: RowMapping | None) -> None:
+def check_not_deleting(store: Mapping[Any, Any] | None) -> None:
     """Raise Conflict, code "store_deleting", for a store whose bytes are on their way out."""
     if store is not None and store["state"] == "deleting":
         raise Conflict(

@@ -6,18 +6,34 @@ not is refused with a code and a sentence, and leaves nothing behind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from gnomon.errors import Conflict, InvalidRequest
-from gnomon.resources import ActivationStoreRecord, ClusterState
+from gnomon.resources import ActivationStoreRecord
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, Mesh, StoredActivations, TrainSpec
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import find_store, read_cluster, read_dictionary, read_store
 from gnomon_service.jobs.submission import Plan
+from gnomon_service.planning.costs import Room, choose
 from gnomon_service.planning.inspector import Inspector
 from gnomon_service.settings import Settings
 from gnomon_workers.harvest.identity import store_id as id_of_store
+from gnomon_workers.harvest.inspection import SeenHarvest
+from gnomon_workers.sae.costs import TrainJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A request that passed, and what was found out about it."""
+
+    plan: Plan
+    """What queuing it takes."""
+    seen: SeenHarvest | None = None
+    """The model and text of its harvest, where it names them."""
+    training: TrainJob | None = None
+    """What a training's costs follow from; None where only the run will tell the width of a hook."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +43,7 @@ class _Source:
     store_id: str
     hooks: dict[str, int | None]
     """Hook -> d_in; None where only the run will tell."""
+    seen: SeenHarvest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +56,8 @@ class _Asked:
     input_roots: tuple[str, ...]
 
 
-def check_job(request: JobRequest, project: str, database: Database, settings: Settings, inspector: Inspector) -> Plan:
-    """The plan of a request, which queues nothing.
+def admit(request: JobRequest, project: str, database: Database, settings: Settings, inspector: Inspector) -> Admitted:
+    """What a request comes to, which queues nothing: submitting it and planning it refuse the same.
 
     Raises InvalidRequest, NotFound, Conflict, CorruptArtifact, or Unavailable while large files are still read.
     """
@@ -57,20 +74,20 @@ def check_job(request: JobRequest, project: str, database: Database, settings: S
 # ---------------------------------------------------------------------------------------------- harvest
 
 
-def _check_harvest(spec: HarvestSpec, asked: _Asked) -> tuple[Plan, dict[str, int | None]]:
-    """The plan, with the model's revision pinned, and the width of each hook."""
+def _check_harvest(spec: HarvestSpec, asked: _Asked) -> tuple[Plan, SeenHarvest]:
+    """The plan, with the model's revision pinned, and what is known of model and text."""
     seen = asked.inspector.harvest(spec, asked.input_roots)
     model = spec.model.model_copy(update={"revision": seen.revision or spec.model.revision})
     pinned = spec.model_copy(update={"model": model})
     store_id = id_of_store(pinned, seen.model_fingerprint, seen.text_fingerprint)
-    return Plan(spec=pinned, store_id=store_id), dict(seen.hooks)
+    return Plan(spec=pinned, store_id=store_id), seen
 
 
-def _check_harvest_alone(spec: HarvestSpec, asked: _Asked) -> Plan:
+def _check_harvest_alone(spec: HarvestSpec, asked: _Asked) -> Admitted:
     """The plan of a harvest that may be done already: then its bytes must be there still."""
-    plan, _ = _check_harvest(spec, asked)
+    plan, seen = _check_harvest(spec, asked)
     _find_sealed(plan.store_id, asked)
-    return plan
+    return Admitted(plan=plan, seen=seen)
 
 
 def _find_sealed(store_id: str, asked: _Asked) -> ActivationStoreRecord | None:
@@ -86,18 +103,18 @@ def _find_sealed(store_id: str, asked: _Asked) -> ActivationStoreRecord | None:
 # ---------------------------------------------------------------------------------------------- train
 
 
-def _check_train(spec: TrainSpec, asked: _Asked) -> Plan:
+def _check_train(spec: TrainSpec, asked: _Asked) -> Admitted:
     if isinstance(spec.activations, StoredActivations):
         source = _stored_source(spec.activations.id, asked)
         pinned = spec
     else:
         source, pinned = _harvested_source(spec, spec.activations, asked)
     names = spec.hook_names or (_choose_hook(spec.hook_name, source),)
-    for name in (*names, spec.target_hook_name or names[0]):
+    target = spec.target_hook_name or names[0]
+    for name in (*names, target):
         _check_known(name, source)
-    widths = [width for name in names if (width := source.hooks[name]) is not None]
-    _check_shape(spec, sum(widths) if len(widths) == len(names) else None, asked.database)
-    return Plan(spec=pinned, store_id=source.store_id)
+    training = _check_shape(spec, names, target, source, asked)
+    return Admitted(plan=Plan(spec=pinned, store_id=source.store_id), seen=source.seen, training=training)
 
 
 def _stored_source(store_id: str, asked: _Asked) -> _Source:
@@ -114,9 +131,10 @@ def _stored_source(store_id: str, asked: _Asked) -> _Source:
 
 
 def _harvested_source(spec: TrainSpec, harvest: HarvestSpec, asked: _Asked) -> tuple[_Source, TrainSpec]:
-    plan, hooks = _check_harvest(harvest, asked)
+    plan, seen = _check_harvest(harvest, asked)
     store = _find_sealed(plan.store_id, asked)
-    source = _Source(store_id=plan.store_id, hooks=hooks if store is None else dict(store.hooks))
+    hooks = seen.hooks if store is None else store.hooks
+    source = _Source(store_id=plan.store_id, hooks=dict(hooks), seen=seen)
     return source, spec.model_copy(update={"activations": plan.spec})
 
 
@@ -142,7 +160,10 @@ def _check_known(name: str, source: _Source) -> None:
         )
 
 
-def _check_shape(spec: TrainSpec, d_in: int | None, database: Database) -> None:
+def _check_shape(spec: TrainSpec, names: Sequence[str], target: str, source: _Source, asked: _Asked) -> TrainJob | None:
+    """What the training costs; raises InvalidRequest where its shape is wrong, or the cluster cannot hold it."""
+    widths = [width for name in names if (width := source.hooks[name]) is not None]
+    d_in = sum(widths) if len(widths) == len(names) else None
     d_sae = spec.d_sae
     for variant, its_spec in zip(spec.variant_names, spec.variant_specs(), strict=True):
         try:
@@ -152,22 +173,27 @@ def _check_shape(spec: TrainSpec, d_in: int | None, database: Database) -> None:
         except ValueError as error:
             of = f"variant {variant!r}: " if variant else ""
             raise InvalidRequest(f"spec: {of}{error}", code="invalid_spec") from error
-    if isinstance(spec.mesh, Mesh):
-        with database.read() as connection:
-            _check_mesh(spec, spec.mesh, d_sae, read_cluster(connection))
+    with asked.database.read() as connection:
+        room = Room.of(read_cluster(connection))
+    if isinstance(spec.mesh, Mesh) and room is not None:
+        _check_mesh(spec, spec.mesh, d_sae, room)
+    d_out = source.hooks[target] if target != names[0] else None
+    if d_in is None or (target != names[0] and d_out is None):
+        return None
+    training = TrainJob.of(spec, d_in, d_out=d_out, device=room.device if room is not None else "cpu")
+    choose(training, room)
+    return training
 
 
-def _check_mesh(spec: TrainSpec, mesh: Mesh, d_sae: int | None, cluster: ClusterState) -> None:
-    """Raise InvalidRequest if the cluster, as it was last seen, cannot hold the mesh."""
-    if cluster.seen_at is None:
-        return
-    n_places, what = (cluster.n_gpus, "GPUs") if cluster.n_gpus > 0 else (cluster.n_cpus, "CPUs")
+def _check_mesh(spec: TrainSpec, mesh: Mesh, d_sae: int | None, room: Room) -> None:
+    """Raise InvalidRequest if the cluster, as it was last seen, has too few places for the mesh."""
+    n_places, what = room.n_places, room.what
     n_ranks = mesh.dp * mesh.features
     if n_ranks <= n_places:
         return
-    fitting = _fitting_meshes(spec, d_sae, int(n_places))
+    fitting = _fitting_meshes(spec, d_sae, n_places)
     raise InvalidRequest(
-        f"mesh {mesh.dp} x {mesh.features} needs {n_ranks} ranks, and the cluster has {n_places:g} {what}; "
+        f"mesh {mesh.dp} x {mesh.features} needs {n_ranks} ranks, and the cluster has {n_places} {what}; "
         f"as dp x features these fit: {', '.join(fitting)}; or set mesh to 'auto'",
         code="mesh_does_not_fit",
         n_ranks=n_ranks,
@@ -191,9 +217,9 @@ def _fitting_meshes(spec: TrainSpec, d_sae: int | None, n_places: int) -> list[s
 # ---------------------------------------------------------------------------------------------- evaluate
 
 
-def _check_evaluate(spec: EvaluateSpec, asked: _Asked) -> Plan:
+def _check_evaluate(spec: EvaluateSpec, asked: _Asked) -> Admitted:
     with asked.database.read() as connection:
         dictionary = read_dictionary(connection, asked.project, spec.dictionary)
         store = read_store(connection, asked.project, dictionary.store_id)
     asked.inspector.check_store(store.location)
-    return Plan(spec=spec, store_id=store.id)
+    return Admitted(plan=Plan(spec=spec, store_id=store.id))

@@ -19,7 +19,8 @@ from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers.harvest.text import check_text
+from gnomon_workers.harvest.readers import text_bytes
+from gnomon_workers.harvest.text import check_text, resolve_text
 from gnomon_workers.models import catalog
 
 MOST_BYTES: Final = 4 << 30
@@ -38,6 +39,10 @@ class SeenHarvest:
     text_fingerprint: str
     hooks: Mapping[str, int]
     """The hooks that were asked for -> d_in."""
+    n_parameters: int = 0
+    """Of the model."""
+    n_text_bytes: int = 0
+    """About the bytes of the text, unpacked."""
 
 
 def inspect_harvest(spec: HarvestSpec, input_roots: Sequence[str]) -> SeenHarvest:
@@ -51,6 +56,8 @@ def inspect_harvest(spec: HarvestSpec, input_roots: Sequence[str]) -> SeenHarves
         model_fingerprint=model.fingerprint(),
         revision=model.revision,
         hooks={hook: model.hooks[hook] for hook in spec.hooks},
+        n_parameters=model.n_parameters,
+        n_text_bytes=sum(map(text_bytes, resolve_text(spec.text, input_roots))),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gnomon.errors import InvalidRequest, NotFound
 from gnomon.events import Logged
-from gnomon.resources import HarvestResult
+from gnomon.resources import HarvestedOn, HarvestResult
 from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
@@ -96,7 +96,9 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
             code="empty_corpus",
         )
     remove_leftovers(store, commits)
-    return _result(seal_store(run, commits, tally), n_tokens=progress.n_new, tokens_per_s=progress.mean_rate())
+    ran = _ran_on(run, progress)
+    sealed = seal_store(run, commits, tally)
+    return _result(sealed, n_tokens=progress.n_new, tokens_per_s=progress.mean_rate(), run=ran)
 
 
 def find_sealed(store: Location) -> ActivationStore | None:
@@ -181,7 +183,7 @@ def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Ha
     first = next(missing, None)
     if first is None:
         return commits
-    n_workers = count_workers(run.spec, progress.reporter)
+    n_workers = progress.n_workers = count_workers(run.spec, progress.reporter)
     with Gang.start(HarvestWorker, n_workers, progress.reporter) as gang:
         driver = Driver(
             crew=Crew(gang, progress.reporter),
@@ -253,7 +255,18 @@ def seal_store(run: HarvestRun, commits: list[SegmentCommit], tally: Tally) -> A
     )
 
 
-def _result(store: ActivationStore, *, n_tokens: int, tokens_per_s: float | None) -> Mapping[str, Any]:
+def _ran_on(run: HarvestRun, progress: HarvestProgress) -> HarvestedOn | None:
+    """What plans of other harvests are learned from; None where no worker was needed."""
+    if not progress.n_workers:
+        return None
+    return HarvestedOn(
+        device=Devices.of_cluster().kind, n_workers=progress.n_workers, n_parameters=run.model.n_parameters
+    )
+
+
+def _result(
+    store: ActivationStore, *, n_tokens: int, tokens_per_s: float | None, run: HarvestedOn | None = None
+) -> Mapping[str, Any]:
     manifest = store.manifest
     result = HarvestResult(
         store_id=manifest.store_id,
@@ -263,6 +276,7 @@ def _result(store: ActivationStore, *, n_tokens: int, tokens_per_s: float | None
         n_bad_documents=manifest.text.get("n_bad_documents", 0),
         bad_documents=tuple(manifest.text.get("bad_documents", ())),
         tokens_per_s=tokens_per_s,
+        run=run,
     )
     record = {
         "n_rows": manifest.n_rows,

@@ -20,6 +20,8 @@ class HarvestProgress:
     min_interval_s: float = 0.5
     n_new: int = 0
     """Tokens of segments committed by this attempt."""
+    n_workers: int = 0
+    """That were asked for, if any were needed."""
     _n_kept: int = 0
     _done: int = 0
     _began: float = 0.0

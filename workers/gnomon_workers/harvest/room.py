@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, get_args
 
 from gnomon.specs import HarvestSpec
+from gnomon_storage.activations import column_chunk_rows
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import Split, parse_commit
+from gnomon_storage.writing import rows_per_chunk
 
 _INTEGER_BYTES: Final = 4
+_ARRAY_BYTES: Final = 700
+"""Of an array's metadata."""
 _ROW_COLUMNS: Final = 3
 """Integers of a row: its token, position and context."""
 
@@ -26,6 +31,51 @@ def needed_bytes(spec: HarvestSpec, widths: Mapping[str, int], n_tokens: int) ->
     n_values = sum(widths.get(hook, 0) for hook in spec.hooks)
     of_row = n_values * (2 if spec.dtype == "bfloat16" else 4) + _ROW_COLUMNS * _INTEGER_BYTES
     return n_rows * of_row + n_tokens * _INTEGER_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSize:
+    """What a store of so many tokens will be."""
+
+    n_rows: int
+    """To train on."""
+    n_held_out_rows: int
+    n_bytes: int
+
+
+def store_size(spec: HarvestSpec, widths: Mapping[str, int], n_tokens: int, scheme: str) -> StoreSize:
+    """The rows and bytes of a store on "file" or "s3", with what its last chunks are filled up by.
+
+    Special tokens among the text, which may be dropped too, are not known before it is read.
+    """
+    n_contexts = max(1, n_tokens // spec.context_length)
+    n_held_out = (n_contexts + spec.held_out_every - 2) // spec.held_out_every
+    n_kept = spec.context_length - spec.drop.first_positions
+    n_bytes = sum(_split_bytes(spec, widths, n, scheme) for n in (n_contexts - n_held_out, n_held_out))
+    return StoreSize(n_rows=(n_contexts - n_held_out) * n_kept, n_held_out_rows=n_held_out * n_kept, n_bytes=n_bytes)
+
+
+def _split_bytes(spec: HarvestSpec, widths: Mapping[str, int], n_contexts: int, scheme: str) -> int:
+    """Of the segments of one split: full ones, and what is left."""
+    a_segment = max(1, spec.segment_tokens // spec.context_length)
+    n_full, rest = divmod(n_contexts, a_segment)
+    of_full = _segment_bytes(spec, widths, a_segment, scheme) if n_full else 0
+    return n_full * of_full + (_segment_bytes(spec, widths, rest, scheme) if rest else 0)
+
+
+def _segment_bytes(spec: HarvestSpec, widths: Mapping[str, int], n_contexts: int, scheme: str) -> int:
+    n_rows = n_contexts * (spec.context_length - spec.drop.first_positions)
+    chunk_rows = rows_per_chunk(n_rows, max(widths.values()), spec.dtype, scheme)
+    values = _filled(n_rows, chunk_rows) * sum(widths.values()) * (2 if spec.dtype == "bfloat16" else 4)
+    columns = _ROW_COLUMNS * _filled(n_rows, column_chunk_rows((n_rows,)))
+    shape = (n_contexts, spec.context_length)
+    contexts = _filled(n_contexts, column_chunk_rows(shape)) * spec.context_length
+    return values + _INTEGER_BYTES * (columns + contexts) + _ARRAY_BYTES * (len(widths) + _ROW_COLUMNS + 1)
+
+
+def _filled(n_rows: int, chunk_rows: int) -> int:
+    """Rows of an array whose last chunk is whole."""
+    return -(-n_rows // chunk_rows) * chunk_rows
 
 
 def committed_tokens(store: Location) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import ray
 import torch
@@ -26,6 +26,11 @@ class Devices:
     def use_gpu(self) -> bool:
         """Whether members of gangs get a GPU each."""
         return self.n_gpus > 0
+
+    @property
+    def kind(self) -> Literal["cpu", "gpu"]:
+        """What members of gangs compute on."""
+        return "gpu" if self.use_gpu else "cpu"
 
     @property
     def n_members(self) -> int:

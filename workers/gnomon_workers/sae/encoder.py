@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch import Tensor
 from gnomon_workers.parallel.clock import StepClock
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.parameters import Parameters
-
-MIN_PRODUCTS: Final = 1 << 30
-"""Multiplications in an encoder product below which "auto" stays in float32: there is little to gain."""
+from gnomon_workers.sae.shape import MIN_PRODUCTS
 
 
 class Encoder:

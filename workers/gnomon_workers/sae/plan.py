@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gnomon.errors import InvalidRequest
-from gnomon.specs import AuxK, BatchTopK, Matryoshka, Mesh, TopK, TrainSpec, chooses_k
+from gnomon.specs import AuxK, Mesh, TrainSpec, chooses_k
+from gnomon_workers.sae.shape import Shape, aux_of, n_residual_rows, resolve_k_aux
 from gnomon_workers.sae.variants import Setting
 
 _ROUNDING: Final = 1e-12
@@ -119,28 +120,29 @@ class TrainPlan:
     @property
     def aux(self) -> AuxK | None:
         """The auxiliary loss, if any."""
-        activation = self.spec.activation
-        return activation.aux if isinstance(activation, TopK | BatchTopK | Matryoshka) else None
-
-    @property
-    def expected_l0(self) -> float:
-        """Active features of a token, as far as that is known beforehand."""
-        return float(self.spec.activation.k) if chooses_k(self.spec.activation) else self.d_sae / 16
+        return aux_of(self.spec.activation)
 
     @property
     def n_rows(self) -> int:
         """Rows of residual gradients of each token: one for every Matryoshka group, and one for the auxiliary loss."""
-        n_groups = len(self.spec.activation.group_fractions) if isinstance(self.spec.activation, Matryoshka) else 1
-        return n_groups + (self.aux is not None)
+        return n_residual_rows(self.spec.activation)
+
+    @property
+    def shape(self) -> Shape:
+        """What its costs follow from."""
+        return Shape(
+            spec=self.spec,
+            d_in=self.d_in,
+            d_out=self.d_out,
+            d_sae=self.d_sae,
+            mesh=self.mesh,
+            is_transcoder=self.target is not None,
+        )
 
     @property
     def k_aux(self) -> int:
         """Dead features used per token by the auxiliary loss: given, or the power of two nearest d_in / 2."""
-        if self.aux is not None and self.aux.k is not None:
-            return min(self.aux.k, self.d_sae)
-        half = self.d_in / 2
-        below = 1 << max(0, int(half).bit_length() - 1)
-        return min(below if half / below <= 1.5 else 2 * below, self.d_sae)
+        return resolve_k_aux(self.aux, d_in=self.d_in, d_sae=self.d_sae)
 
 
 def make_plan(spec: TrainSpec, *, d_in: int, mesh: Mesh, mean_squared_norm: float) -> TrainPlan:
@@ -205,15 +207,3 @@ class Normalisation:
 def _component_rms(hooks: Sequence[HookRows]) -> float:
     """Root mean square of a component of normalised rows about its mean."""
     return math.sqrt(sum(hook.variance for hook in hooks) / sum(hook.width for hook in hooks))
-
-
-def choose_mesh(spec: TrainSpec, *, d_sae: int, n_ranks: int) -> Mesh:
-    """The mesh of a spec; "auto" takes as many of n_ranks as d_sae or the batch can be divided by.
-
-    Features are sharded first, which divides memory and arithmetic alike; what is left becomes replicas.
-    """
-    if isinstance(spec.mesh, Mesh):
-        return spec.mesh
-    features = max(n for n in range(1, max(1, n_ranks) + 1) if d_sae % n == 0)
-    dp = max(n for n in range(1, max(1, n_ranks // features) + 1) if spec.batch_size % n == 0)
-    return Mesh(dp=dp, features=features)

@@ -17,22 +17,7 @@ from torch import Tensor
 
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae.gradient import SparseGradient
-from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.sae.products import RowGradients
-
-
-def exchanges_batch(plan: TrainPlan) -> bool:
-    """Whether replicas exchange the batch: as the plan says, or where that is less to receive.
-
-    In a ring of dp replicas a rank receives (dp - 1) / dp of the batch, or twice that of the dense gradients.
-    """
-    if plan.spec.gradient_exchange != "auto":
-        return plan.spec.gradient_exchange == "batch"
-    n_local = plan.d_sae // plan.mesh.features
-    picks = plan.expected_l0 / plan.mesh.features
-    batch = plan.spec.batch_size * (plan.d_in + plan.d_out * plan.n_rows + 4 * picks)
-    dense = 2 * n_local * (plan.d_in + plan.d_out)
-    return batch <= dense
 
 
 def start_inputs(encoder_inputs: Tensor, mesh: ProcessMesh) -> Callable[[], Tensor]:

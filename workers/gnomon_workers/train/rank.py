@@ -26,6 +26,7 @@ from gnomon_workers.runtime.failpoints import Failpoint
 from gnomon_workers.runtime.protocol import Report
 from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.sae.init import initial_b_dec
+from gnomon_workers.sae.memory import most_sample_rows
 from gnomon_workers.sae.parameters import make_parameters
 from gnomon_workers.sae.plan import Normalisation, TrainPlan
 from gnomon_workers.sae.variants import make_variant
@@ -40,10 +41,6 @@ COLLECTIVE_TIMEOUT_S: Final = 60.0
 """The default of 30 minutes would hide a stopped rank for as long."""
 MEETING_TIMEOUT_S: Final = 300.0
 """Longest wait for the others to come: longer than the start of a process may take."""
-FIRST_SAMPLE: Final = 65_536
-"""Activations that b_dec is initialised from, at most."""
-FIRST_SAMPLE_BYTES: Final = 128 << 20
-"""What they take at most as float32: every rank reads them, however small its shard."""
 
 
 class TrainRank:
@@ -182,8 +179,7 @@ def join_mesh(plan: TrainPlan, meeting: Meeting, *, device: torch.device) -> Pro
 
 def n_first_samples(plan: TrainPlan) -> int:
     """Activations that b_dec is initialised from."""
-    width = sum(hook.width for hook in plan.hooks)
-    return min(FIRST_SAMPLE, FIRST_SAMPLE_BYTES // (4 * width))
+    return most_sample_rows(sum(hook.width for hook in plan.hooks))
 
 
 def make_step(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
@@ -14,7 +15,9 @@ from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, dictionary_ids
-from gnomon_workers.sae.plan import HookRows, TrainPlan, choose_mesh, make_hook, make_joint_plan
+from gnomon_workers.sae.costs import choose_mesh
+from gnomon_workers.sae.memory import Rows
+from gnomon_workers.sae.plan import HookRows, TrainPlan, make_hook, make_joint_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +97,16 @@ def resolve(assignment: Assignment) -> TrainRun:
         )
     inputs, target = hooks_of(spec, activations)
     names, specs = spec.variant_names, spec.variant_specs()
-    d_sae = spec.resolve_d_sae(sum(hook.width for hook in inputs))
-    mesh = _mesh_of(spec, d_sae, places.checkpoints(assignment.job_id, names[0]))
+    checkpoints = places.checkpoints(assignment.job_id, names[0])
+    before = next(committed_checkpoints(checkpoints), None) if spec.mesh == "auto" else None
+    choose = partial(
+        choose_mesh,
+        spec,
+        sum(hook.width for hook in inputs),
+        d_out=target.width if target is not None else None,
+        rows=rows_of(activations, len(inputs) + (target is not None)),
+    )
+    mesh = _mesh_of(choose, before)
     assert assignment.dictionary_id is not None
     ids = dictionary_ids(assignment.dictionary_id, len(names))
     return TrainRun(
@@ -114,16 +125,22 @@ def resolve(assignment: Assignment) -> TrainRun:
     )
 
 
-def _mesh_of(spec: TrainSpec, d_sae: int, checkpoints: Location) -> Mesh:
+def rows_of(store: ActivationStore, n_hooks: int) -> Rows:
+    """What of a store a run reads, as far as its memory depends on that."""
+    return Rows(
+        n_rows=store.manifest.n_rows, n_bytes_value=2 if store.manifest.dtype == "bfloat16" else 4, n_hooks=n_hooks
+    )
+
+
+def _mesh_of(choose: Callable[..., Mesh], before: Checkpoint | None) -> Mesh:
     """The mesh of a run; "auto" is chosen once, and then kept as long as the cluster can hold it.
 
-    Another mesh would go on from the same checkpoint, and not on the same bits.
+    Another mesh would go on from the same checkpoint, and not on the same bits. before is its last checkpoint, if any.
     """
     devices = Devices.of_cluster()
-    mesh = choose_mesh(spec, d_sae=d_sae, n_ranks=devices.n_members)
-    before = next(committed_checkpoints(checkpoints), None) if spec.mesh == "auto" else None
     if before is not None and 0 < before.dp * len(before.shards) <= devices.n_members:
         return Mesh(dp=before.dp, features=len(before.shards))
+    mesh = choose(devices.n_members, None, device=devices.kind)
     if mesh.dp * mesh.features > devices.n_members:
         raise InvalidRequest(
             f"mesh {mesh.dp} x {mesh.features} needs {mesh.dp * mesh.features} "

@@ -27,12 +27,11 @@ from gnomon_workers.checkpoints.format import FORMAT, NAME, Checkpoint, Shard, c
 from gnomon_workers.checkpoints.tensor_file import write_tensors
 from gnomon_workers.runtime.failpoints import Failpoint, failing_during, failpoint
 from gnomon_workers.runtime.scratch import scratch_folder
+from gnomon_workers.sae.costs import N_KEPT
 from gnomon_workers.train.metrics import max_alignment_deviation
 from gnomon_workers.train.state import file_tensors
 from gnomon_workers.train.step import TrainStep
 
-N_KEPT: Final = 2
-"""Checkpoints kept: the last, and the one before it in case the last is found damaged."""
 RECEIPTS_S: Final = 600.0
 """Longest wait of rank 0 for the others' receipts once its own shard is uploaded."""
 SETTLE_S: Final = 5.0

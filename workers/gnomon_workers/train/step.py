@@ -25,7 +25,7 @@ from gnomon_workers.sae.products import RowGradients
 from gnomon_workers.sae.sparse import FeatureSegments, Picks, segment_sums, sort_by_feature
 from gnomon_workers.sae.variants import Batch, make_variant
 from gnomon_workers.sae.variants.dense import DenseGradient
-from gnomon_workers.train.exchange import exchange, exchanges_batch, fired_anywhere, reduce_dense, start_inputs
+from gnomon_workers.train.exchange import exchange, fired_anywhere, reduce_dense, start_inputs
 
 
 class NonFinite(GnomonError):
@@ -78,7 +78,7 @@ class TrainStep:
         self._dense_dtype = choose(plan.spec.encoder_dtype)
         self._encoder = Encoder(choose(plan.encoder_dtype))
         self._kernels = choose_kernels(plan.spec.kernels, device)
-        self._exchanges_batch = mesh.dp == 1 or exchanges_batch(plan)
+        self._exchanges_batch = mesh.dp == 1 or plan.shape.exchanges_batch
         self._weights = self._kernels.weight_update(parameters, self.optimizer, plan.spec.alignment)
 
     def __call__(self, step: int, x: Tensor) -> StepResult:

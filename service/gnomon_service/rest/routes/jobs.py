@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -12,9 +13,11 @@ from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.resources import Event, Job, JobKind, JobState, Page
 from gnomon.specs import JobRequest
 from gnomon_service.db import reads
-from gnomon_service.planning.admission import check_job
+from gnomon_service.planning.admission import admit
 from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, Services, ServicesDep, Writer
 from gnomon_service.rest.event_stream import EventStream
+
+T = TypeVar("T")
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -42,17 +45,21 @@ async def submit_job(
     503, code "still_reading", where a model or text is so large that the first look at it takes longer than a request
     waits: the same request joins the same look.
     """
-    limiter = request.app.state.submits
-    if limiter.available_tokens < 1:
-        raise Unavailable(f"{_MOST_SUBMITS} requests are being checked already; send it again", code="busy")
-    submit = partial(_submit, body, principal.project, services, idempotency_key)
-    job = await to_thread.run_sync(submit, limiter=limiter)
+    job = await run_check(request, partial(_submit, body, principal.project, services, idempotency_key))
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
 
 
+async def run_check(request: Request, check: Callable[[], T]) -> T:
+    """Run what looks at foreign bytes in the threads that are kept for it; raises Unavailable where all are busy."""
+    limiter = request.app.state.submits
+    if limiter.available_tokens < 1:
+        raise Unavailable(f"{_MOST_SUBMITS} requests are being checked already; send it again", code="busy")
+    return await to_thread.run_sync(check, limiter=limiter)
+
+
 def limit_submits() -> CapacityLimiter:
-    """The threads that submits have."""
+    """The threads that submits and plans have."""
     return CapacityLimiter(_MOST_SUBMITS)
 
 
@@ -61,8 +68,8 @@ def _submit(body: JobRequest, project: str, services: Services, idempotency_key:
     job = queue.find_by_key(project, idempotency_key, body) if idempotency_key else None
     if job is not None:
         return job
-    plan = check_job(body, project, services.database, services.settings, services.inspector)
-    return queue.submit(project, body, plan, idempotency_key=idempotency_key)
+    admitted = admit(body, project, services.database, services.settings, services.inspector)
+    return queue.submit(project, body, admitted.plan, idempotency_key=idempotency_key)
 
 
 @router.get("")
