@@ -30,7 +30,11 @@ __all__ = [
     "JobKind",
     "JobState",
     "NewApiKey",
+    "NodeState",
     "Page",
+    "ProjectState",
+    "QueuePlace",
+    "Remaining",
     "StoreState",
     "TrainResult",
     "TrainedDictionary",
@@ -131,6 +135,28 @@ class UnknownResult(Document):
     """What it says, unread."""
 
 
+class QueuePlace(Document):
+    """Where a job is in the queue, and why it is not started."""
+
+    position: int | None = None
+    """1 = the next one; None where it waits for something else than room, or behind very many."""
+    ahead: tuple[str, ...] = ()
+    """The last jobs ahead of it."""
+    code: str
+    """Why, for programs; docs/rest.md lists them."""
+    message: str
+    """Why, for people."""
+
+
+class Remaining(Document):
+    """How long something will still take."""
+
+    expected: float
+    least: float
+    most: float
+    """Seconds, as if it went on at its last rate, at its best and at its worst."""
+
+
 class Job(Document):
     """A unit of work in the queue."""
 
@@ -144,7 +170,20 @@ class Job(Document):
     """Losses in a row, with nothing committed among them, after which the job fails."""
     n_losses: int = 0
     """Losses of machines in a row since the job committed anything."""
+    job_class: str = "normal"
     priority: int
+    queue: QueuePlace | None = None
+    """Of a queued job, its place and why it waits; None as long as no dispatcher has looked at it."""
+    paused_by: str | None = None
+    """The key that paused it; it waits until it is resumed."""
+    leave_why: str | None = None
+    """Why its attempt was asked to save what it has and leave; it is then queued again, at no cost of an attempt."""
+    n_devices: int = 0
+    """Devices that it holds."""
+    mesh: tuple[int, int] | None = None
+    """(dp, features) of a training, fixed by its first attempt."""
+    remaining_s: Remaining | None = None
+    """Of a running job, what its present phase will still take."""
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -230,6 +269,18 @@ class NewApiKey(ApiKey):
     key: str
 
 
+class NodeState(Document):
+    """A machine of the cluster."""
+
+    id: str
+    name: str
+    n_cpus: float
+    n_gpus: float
+    memory_bytes: int | None = None
+    drained_by: str | None = None
+    """The key that drains it: what runs there leaves, and nothing is started."""
+
+
 class ClusterState(Document):
     """What the dispatcher last saw of the Ray cluster."""
 
@@ -237,6 +288,23 @@ class ClusterState(Document):
     n_cpus: float = 0
     n_gpus: float = 0
     n_nodes: int = 0
+    nodes: tuple[NodeState, ...] = ()
+    drained_by: str | None = None
+    """The key that drains it: what runs is finished, and nothing is started."""
+
+
+class ProjectState(Document):
+    """What a project is owed of the cluster, and what it may take."""
+
+    name: str
+    weight: float = 1.0
+    """Against those of other projects with work: its share of the devices."""
+    n_jobs_most: int | None = None
+    """Jobs that may run at once; None = any number."""
+    n_devices_most: int | None = None
+    """Devices that they may hold."""
+    held_by: str | None = None
+    """The key that holds it: nothing of it is started."""
 
 
 T = TypeVar("T")

@@ -104,6 +104,7 @@ def dispatcher(
     from gnomon_service.db.engine import Database
     from gnomon_service.dispatch.cluster_state import Observations
     from gnomon_service.dispatch.collecting import Collector
+    from gnomon_service.dispatch.deciding import Scheduler
     from gnomon_service.dispatch.loop import Dispatcher
     from gnomon_service.jobs.held import RetryPolicy
     from gnomon_service.jobs.leases import Leases
@@ -128,6 +129,7 @@ def dispatcher(
     loop = Dispatcher(
         leases=Leases(database, lease_s=settings.lease_s, retry=retry),
         observations=Observations(database),
+        scheduler=Scheduler(database),
         cluster=cluster,
         settings=settings,
         ends_with_cluster=requeue,

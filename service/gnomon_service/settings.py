@@ -54,14 +54,14 @@ class Settings(BaseSettings):
     """Leases are no longer renewed when the dispatcher's loop has stood still for this long."""
     poll_s: Annotated[float, Field(gt=0)] = 0.5
     """Seconds between two looks at the queue and at running jobs."""
-    max_running_jobs: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Jobs that one dispatcher runs at once; a mesh of "auto" takes the whole cluster, so one by default."""
     retry_base_s: Annotated[float, Field(ge=0)] = 1.0
     """Pause before the second attempt; doubles with every attempt."""
     retry_cap_s: Annotated[float, Field(ge=0)] = 60.0
     """Longest pause between two attempts."""
     cancel_grace_s: Annotated[float, Field(ge=0)] = 5.0
     """Seconds a cancelled job has to stop by itself before it is killed."""
+    leave_grace_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds a job that is paused or preempted has to save what it has; what it has not saved is done again."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MIB
     """Largest request body."""
     max_json_depth: Annotated[int, Field(ge=4, le=200)] = 32

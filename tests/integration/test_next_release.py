@@ -40,7 +40,7 @@ def test_a_job_with_one_more_field_is_listed_shown_and_claimed(tmp_path: Path) -
         rewrite(service, job, spec={**stored, "curriculum": 1, "model": {**stored["model"], "adapter": "x"}})
         found = shown(service, job)
         assert isinstance(found.spec, HarvestSpec) and found.spec == job.spec
-        held = service.bench.leases.claim("dispatcher")
+        held = service.bench.claim_next("dispatcher")
         assert held is not None and held.lease.job_id == job.id
         assert held.spec["curriculum"] == 1, "the workers must see what they do not know, to say so"
 
@@ -58,7 +58,7 @@ def test_a_kind_that_only_the_next_release_knows_is_left_to_its_dispatcher(tmp_p
     with running_service(tmp_path) as service:
         job = service.submit(service.harvest())
         rewrite(service, job, spec=NEWER[0], kind="study")
-        assert service.bench.leases.claim("dispatcher") is None
+        assert service.bench.claim_next("dispatcher") is None
         assert shown(service, job).state == "queued"
 
 

@@ -11,7 +11,9 @@ from gnomon.errors import InvalidRequest, Unavailable
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import read_cluster
 from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.deciding import Scheduler
 from gnomon_service.dispatch.loop import Dispatcher
+from gnomon_service.jobs.held import Placement
 from gnomon_service.settings import Settings
 from gnomon_workers.runtime.protocol import Cluster
 from tests.support.service_cluster import MemoryCluster
@@ -33,6 +35,7 @@ class Scene:
         return Dispatcher(
             leases=self.bench.leases,
             observations=Observations(self.bench.database),
+            scheduler=Scheduler(self.bench.database),
             cluster=cluster,
             settings=self.settings,
             owner=owner,
@@ -114,7 +117,7 @@ def test_a_dispatcher_that_slept_past_another_attempt_kills_its_gang(scene: Scen
 
 def test_a_claim_that_was_never_started_is_started_by_the_adopter(scene: Scene) -> None:
     job = scene.bench.submit()
-    scene.bench.leases.claim("dead")
+    scene.bench.claim_next("dead")
     scene.bench.let_lease_pass(job.id)
     scene.turn()
     assert scene.bench.job(job.id).state == "running"
@@ -314,12 +317,12 @@ def test_a_database_that_does_not_answer_only_cuts_a_turn_short(scene: Scene, mo
     stop = threading.Event()
     calls: list[str] = []
 
-    def fail_once(owner: str) -> object:
+    def fail_once(owner: str, job_id: str, placement: Placement) -> object:
         calls.append(owner)
         if len(calls) == 1:
             raise Unavailable("no answer")
         stop.set()
-        return answers(owner)
+        return answers(owner, job_id, placement)
 
     monkeypatch.setattr(scene.bench.leases, "claim", fail_once)
     scene.dispatcher.run(stop)

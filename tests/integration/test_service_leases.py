@@ -20,8 +20,9 @@ from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench, train_spec
 WRITES: dict[str, Callable[[Leases, Lease], object]] = {
     "renew": lambda leases, lease: leases.renew(lease),
     "hand_back": lambda leases, lease: leases.hand_back(lease),
-    "put_back": lambda leases, lease: leases.put_back(lease),
+    "put_back": lambda leases, lease: leases.put_back(lease, "y"),
     "mark_running": lambda leases, lease: leases.mark_running(lease),
+    "place": lambda leases, lease: leases.place(lease, ["n"]),
     "record": lambda leases, lease: leases.record(lease, [(1, "log", {})]),
     "succeed": lambda leases, lease: leases.succeed(lease, STORE_RESULT),
     "fail": lambda leases, lease: leases.fail(lease, code="x", message="y"),
@@ -79,7 +80,7 @@ def test_parallel_claims_never_take_a_job_twice(bench: Bench) -> None:
     def drain(owner: str) -> list[str]:
         barrier.wait()
         taken = []
-        while (held := bench.leases.claim(owner)) is not None:
+        while (held := bench.claim_next(owner)) is not None:
             assert held.lease.attempt == 1
             taken.append(held.lease.job_id)
         return taken
@@ -158,7 +159,7 @@ def test_a_resumed_job_goes_on_with_its_number_of_attempts_and_a_fresh_count_of_
     resumed = bench.queue.resume(PROJECT, job.id)
     assert (resumed.state, resumed.error, resumed.finished_at, resumed.n_losses) == ("queued", None, None, 0)
     assert bench.store_row().state == "harvesting"
-    assert bench.leases.claim("a") is None, "something of the lost attempt may still run"
+    assert bench.claim_next("a") is None, "something of the lost attempt may still run"
     bench.release()
     lease = bench.claim().lease
     assert lease.attempt == 2
@@ -198,7 +199,7 @@ def test_a_harvest_that_another_job_does_by_now_is_not_resumed(bench: Bench) -> 
 
 def test_a_job_whose_claim_was_never_answered_is_adopted_by_its_own_dispatcher(bench: Bench) -> None:
     job = bench.submit()
-    bench.leases.claim("a")
+    bench.claim_next("a")
     bench.let_lease_pass(job.id)
     assert bench.leases.adopt("a", [job.id]) == [], "it is held"
     (held,) = bench.leases.adopt("a", [])
@@ -214,7 +215,7 @@ def test_a_lost_attempt_runs_again_until_the_last(bench: Bench) -> None:
         bench.release()
     failed = bench.job(job.id)
     assert (failed.state, failed.error and failed.error.code) == ("failed", "attempts_exhausted")
-    assert bench.leases.claim("a") is None
+    assert bench.claim_next("a") is None
     assert bench.store_row().state == "failed"
 
 
@@ -224,13 +225,13 @@ def test_a_lost_attempt_waits_before_the_next(database: Database) -> None:
     bench.submit()
     bench.leases.lose(bench.claim().lease, "node died")
     bench.release()
-    assert bench.leases.claim("a") is None
+    assert bench.claim_next("a") is None
 
 
 def test_a_lost_attempt_must_be_released_before_the_next(bench: Bench) -> None:
     bench.submit()
     bench.leases.lose(bench.claim().lease, "node died")
-    assert bench.leases.claim("a") is None
+    assert bench.claim_next("a") is None
     assert len(bench.leases.unreleased()) == 1
     bench.release()
     assert bench.claim().lease.attempt == 2

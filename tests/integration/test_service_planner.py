@@ -12,7 +12,7 @@ import pytest
 
 from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_storage.location import Location
-from gnomon_workers.runtime.protocol import ClusterSnapshot
+from gnomon_workers.runtime.protocol import ClusterSnapshot, NodeSnapshot
 from tests.support.service_api import N_POSITIONS, Service, expect_problem, running_service
 from tests.support.service_jobs import STORE_RECORD
 from tests.support.stores import HOOK, make_store
@@ -103,7 +103,8 @@ def test_settings_without_effect_are_refused(service: Service) -> None:
 def test_a_mesh_must_fit_the_cluster(service: Service) -> None:
     spec = service.train(mesh={"dp": 2, "features": 3}, batch_size=1024)
     service.submit(spec)
-    Observations(service.bench.database).note(ClusterSnapshot(n_cpus=4, n_gpus=0, n_nodes=1))
+    node = NodeSnapshot(id="n", name="n", n_cpus=4, n_gpus=0)
+    Observations(service.bench.database).note(ClusterSnapshot(nodes=(node,)))
     problem = refuse(service, spec, 422, "mesh_does_not_fit")
     assert "4 CPUs" in problem["detail"]
     assert problem["fitting"] == ["1 x 4", "2 x 2", "4 x 1", "1 x 3", "1 x 2", "2 x 1", "1 x 1"]

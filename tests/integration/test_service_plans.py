@@ -17,7 +17,7 @@ from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.planning.costs import Room
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
-from gnomon_workers.runtime.protocol import ClusterSnapshot
+from gnomon_workers.runtime.protocol import ClusterSnapshot, NodeSnapshot
 from tests.support.service_api import Service, expect_problem, running_service
 
 LARGE = {"d_sae": 2**16, "batch_size": 1024, "token_budget": 1024 * 1000}
@@ -41,7 +41,8 @@ def plan(service: Service, spec: dict[str, Any]) -> JobPlan:
 
 def see(service: Service, n_cpus: int = 4, n_gpus: int = 0) -> None:
     """Let the dispatcher have seen a cluster."""
-    Observations(service.bench.database).note(ClusterSnapshot(n_cpus=n_cpus, n_gpus=n_gpus, n_nodes=1))
+    node = NodeSnapshot(id="n", name="n", n_cpus=n_cpus, n_gpus=n_gpus)
+    Observations(service.bench.database).note(ClusterSnapshot(nodes=(node,)))
 
 
 def finish(service: Service, spec: dict[str, Any], **run: Any) -> None:

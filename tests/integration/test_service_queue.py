@@ -91,7 +91,7 @@ def test_training_waits_for_its_harvest_and_then_runs(bench: Bench) -> None:
     job = bench.submit(train_spec())
     harvest = bench.claim()
     assert (harvest.kind, harvest.lease.job_id) == ("harvest", job.depends_on[0])
-    assert bench.leases.claim("b") is None
+    assert bench.claim_next("b") is None
     bench.leases.succeed(harvest.lease, STORE_RESULT)
     training = bench.claim("b")
     assert training.lease.job_id == job.id
@@ -108,7 +108,7 @@ def test_harvesting_a_sealed_store_again_succeeds_at_once(bench: Bench) -> None:
     bench.seal()
     job = bench.submit()
     assert (job.state, job.result and job.result["n_tokens"]) == ("succeeded", 0)
-    assert bench.leases.claim("a") is None
+    assert bench.claim_next("a") is None
 
 
 def test_a_second_harvest_of_a_store_under_way_waits_and_harvests_nothing(bench: Bench) -> None:
@@ -125,7 +125,7 @@ def test_a_failed_store_is_harvested_again_by_a_new_job(bench: Bench) -> None:
     assert bench.store_row().state == "failed"
     second = bench.submit()
     assert (bench.store_row().state, bench.store_row().job_id) == ("harvesting", second.id)
-    assert bench.leases.claim("b") is None, "the first attempt may still write to the same store"
+    assert bench.claim_next("b") is None, "the first attempt may still write to the same store"
     bench.release()
     assert bench.claim("b").lease.job_id == second.id != first.id
 
@@ -189,7 +189,7 @@ def test_a_failed_harvest_fails_what_waits_for_it(bench: Bench) -> None:
 def test_cancelling_a_waiting_job_ends_it_at_once(bench: Bench) -> None:
     job = bench.submit()
     assert bench.queue.cancel(PROJECT, job.id).state == "cancelled"
-    assert bench.leases.claim("a") is None
+    assert bench.claim_next("a") is None
     assert bench.store_row().state == "failed"
 
 

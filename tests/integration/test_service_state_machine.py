@@ -44,7 +44,7 @@ class JobHistory(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from("ab"))
     def claim(self, owner: str) -> None:
-        held = self.bench.leases.claim(owner)
+        held = self.bench.claim_next(owner)
         assert (held is not None) == (self.state == "queued" and not self.is_unreleased)
         if held is not None:
             self.state, self.attempt, self.holder = "scheduled", self.attempt + 1, owner

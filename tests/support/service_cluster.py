@@ -10,6 +10,7 @@ from gnomon_workers.runtime.protocol import (
     Assignment,
     ClusterSnapshot,
     ClusterUnreachable,
+    NodeSnapshot,
     Outcome,
     Poll,
     Report,
@@ -26,6 +27,11 @@ class Attempt:
     reports: list[Report] = field(default_factory=list)
     outcome: Outcome | None = None
     cancel_asked: bool = False
+    leave_asked: bool = False
+    places: tuple[str, ...] | None = None
+    """What an elastic attempt says that it holds."""
+    wanted: tuple[str, ...] | None = None
+    """What it was asked to hold."""
     is_silent: bool = False
     """Its supervisor stands still, while the cluster answers."""
 
@@ -47,6 +53,7 @@ class MemoryCluster:
         self.n_started = 0
         self.is_reachable = True
         self.start_error: Exception | None = None
+        self.nodes: tuple[NodeSnapshot, ...] = (NodeSnapshot(id="n", name="node", n_cpus=4, n_gpus=0),)
 
     @property
     def only(self) -> Attempt:
@@ -70,12 +77,22 @@ class MemoryCluster:
             return None
         if known.is_silent:
             raise ClusterUnreachable("the supervisor does not answer")
-        return Poll(reports=tuple(known.reports[after:]), outcome=known.outcome)
+        return Poll(reports=tuple(known.reports[after:]), outcome=known.outcome, places=known.places)
 
     def cancel(self, job_id: str, attempt: int) -> None:
         self._answer()
         if (job_id, attempt) in self.attempts:
             self.attempts[job_id, attempt].cancel_asked = True
+
+    def leave(self, job_id: str, attempt: int) -> None:
+        self._answer()
+        if (job_id, attempt) in self.attempts:
+            self.attempts[job_id, attempt].leave_asked = True
+
+    def resize(self, job_id: str, attempt: int, places: tuple[str, ...]) -> None:
+        self._answer()
+        if (job_id, attempt) in self.attempts:
+            self.attempts[job_id, attempt].wanted = places
 
     def kill(self, job_id: str, attempt: int) -> None:
         self._answer()
@@ -84,7 +101,7 @@ class MemoryCluster:
 
     def snapshot(self) -> ClusterSnapshot:
         self._answer()
-        return ClusterSnapshot(n_cpus=4, n_gpus=0, n_nodes=1)
+        return ClusterSnapshot(nodes=self.nodes)
 
     def _answer(self) -> None:
         if not self.is_reachable:

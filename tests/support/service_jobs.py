@@ -9,12 +9,17 @@ from sqlalchemy import select, update
 
 from gnomon.resources import Event, Job
 from gnomon.specs import HarvestSpec, JobRequest, ModelSource, StoredActivations, TextSource, TrainSpec
+from gnomon.specs.request import CLASSES
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import list_events, read_job
 from gnomon_service.db.tables import activation_stores, jobs
-from gnomon_service.jobs.held import HeldJob, RetryPolicy
+from gnomon_service.dispatch.order import Ask, in_order
+from gnomon_service.dispatch.reasons import hindrance
+from gnomon_service.dispatch.room import Shape
+from gnomon_service.jobs.held import HeldJob, Placement, RetryPolicy
 from gnomon_service.jobs.leases import Leases
 from gnomon_service.jobs.submission import Plan, Queue
+from gnomon_service.jobs.waiting import read_waiting
 
 PROJECT = "default"
 STORE_RECORD = {"n_rows": 900, "n_held_out_rows": 60, "n_bytes": 12_345, "hooks": {"model.layers.1": 16}}
@@ -84,9 +89,27 @@ class Bench:
         plan = Plan(spec=request.spec, store_id=store_id(store))
         return self.queue.submit(project, request, plan, idempotency_key=key)
 
+    def claim_next(self, owner: str = "a") -> HeldJob | None:
+        """Claim the first job that is ready, in the scheduler's order; None where none is."""
+        with self.database.read() as connection:
+            waiting = [job for job in read_waiting(connection) if hindrance(job) is None]
+        asks = [
+            Ask(
+                job_id=job.id,
+                project=job.project,
+                tier=CLASSES.index(job.job_class),
+                priority=job.priority,
+                waited_s=job.waited_s,
+                shapes=(Shape(1),),
+            )
+            for job in waiting
+        ]
+        claims = (self.leases.claim(owner, ask.job_id, Placement(places=("n",))) for ask in in_order(asks, {}, {}))
+        return next(filter(None, claims), None)
+
     def claim(self, owner: str = "a") -> HeldJob:
         """Claim a job that must be there, and start it."""
-        held = self.leases.claim(owner)
+        held = self.claim_next(owner)
         assert held is not None
         self.leases.mark_running(held.lease)
         return held

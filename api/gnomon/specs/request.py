@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     Field,
@@ -46,6 +46,12 @@ AnySpec = Annotated[HarvestSpec | TrainSpec | EvaluateSpec | UnknownSpec, WrapVa
 """The spec of a job that may be of another release."""
 
 
+JobClass = Literal["spare", "normal", "urgent"]
+CLASSES: tuple[JobClass, ...] = get_args(JobClass)
+"""From the lowest on: a job of a higher one goes first, and may make those of a lower one give their devices back."""
+Priority = Annotated[int, Field(ge=-100, le=100)]
+
+
 class JobRequest(Spec):
     """Body of POST /v1/jobs."""
 
@@ -53,9 +59,18 @@ class JobRequest(Spec):
     """What to do."""
     name: Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00-\x1f]*$")] = ""
     """A label for people."""
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Higher runs first."""
+    job_class: JobClass = "normal"
+    """A job of a higher class goes first, and preempts those of lower ones; "urgent" needs a key of scope admin."""
+    priority: Priority = 0
+    """Of a project's jobs of one class, the higher goes first; 10 minutes of waiting make up for one."""
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
     """Attempts before infrastructure losses fail the job; an error in the job itself is never retried."""
     deadline_s: Annotated[int, Field(ge=1, le=10**8)] | None = None
     """Seconds from submission after which the job is failed; None = no deadline."""
+
+
+class JobChange(Spec):
+    """Body of PATCH /v1/jobs/{id}: what is left out stays as it is."""
+
+    job_class: JobClass | None = None
+    priority: Priority | None = None

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, RowMapping, Select, Table, func, literal, select, tuple_
 
 from gnomon.errors import InvalidRequest, NotFound
-from gnomon.resources import ActivationStoreRecord, ClusterState, DictionaryRecord, Event, Job, JobState, Page
+from gnomon.resources import (
+    ActivationStoreRecord,
+    ClusterState,
+    DictionaryRecord,
+    Event,
+    Job,
+    JobState,
+    Page,
+    ProjectState,
+)
 from gnomon.specs.base import Document
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import (
@@ -22,6 +31,8 @@ from gnomon_service.db.tables import (
     job_dependencies,
     job_events,
     jobs,
+    nodes,
+    projects,
 )
 
 R = TypeVar("R", bound=Document)
@@ -113,7 +124,20 @@ def _as_jobs(connection: Connection, rows: Sequence[RowMapping]) -> list[Job]:
 
 def _as_job(row: RowMapping, depends_on: Sequence[str]) -> Job:
     error = {"code": row["error_code"], "message": row["error_message"] or ""} if row["error_code"] else None
-    return Job.read({**with_times(row), "depends_on": depends_on, "error": error})
+    more = {"depends_on": depends_on, "error": error, "n_devices": len(row["places"] or ())}
+    if row["state"] == "queued":
+        more["queue"] = row["waits_in_queue"]
+    return Job.read({**with_times(row), **more, "remaining_s": _remaining(row)})
+
+
+def _remaining(row: RowMapping) -> dict[str, float] | None:
+    """What is left of a running job's phase, at its last rate, and at the best and the worst that it had."""
+    progress = row["progress"] or {}
+    if row["state"] != "running" or not progress.get("rate") or not progress.get("total"):
+        return None
+    left = float(progress["total"] - progress["done"])
+    rates = [float(progress.get(name) or progress["rate"]) for name in ("rate", "rate_most", "rate_least")]
+    return dict(zip(("expected", "least", "most"), (left / rate for rate in rates), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- the rest
@@ -164,7 +188,18 @@ def list_dictionaries(
 def read_cluster(connection: Connection) -> ClusterState:
     """What the dispatcher last saw of the cluster; `seen_at` is None if it never saw one."""
     row = connection.execute(select(cluster)).mappings().one_or_none()
-    return ClusterState.read(with_times(row)) if row is not None else ClusterState()
+    if row is None:
+        return ClusterState()
+    found = connection.execute(select(nodes).order_by(nodes.c.name, nodes.c.id)).mappings().all()
+    # one that is drained is remembered after it has gone
+    there = [dict(node) for node in found if row["seen_at"] is None or node["seen_at"] >= row["seen_at"] - 1.0]
+    return ClusterState.read({**with_times(row), "nodes": there})
+
+
+def read_project(connection: Connection, name: str) -> ProjectState:
+    """What a project is owed and may take; one of which nothing was said has what all have."""
+    row = connection.execute(select(projects).where(projects.c.name == name)).mappings().one_or_none()
+    return ProjectState(name=name) if row is None else ProjectState.read(dict(row))
 
 
 def dispatcher_age_s(connection: Connection) -> float | None:

@@ -1,18 +1,18 @@
-"""What the dispatcher tells the API through the database: that it lives, and what the cluster has."""
+"""What dispatchers tell the API and each other through the database: that they live, who leads, and what there is."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import insert, update
+from sqlalchemy import Connection, delete, insert, or_, update
 
 from gnomon_service.db.engine import Database, database_now
-from gnomon_service.db.tables import cluster
+from gnomon_service.db.tables import cluster, nodes
 from gnomon_workers.runtime.protocol import ClusterSnapshot
 
 
 class Observations:
-    """The one row of the table `cluster`."""
+    """The one row of the table `cluster`, and its nodes."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -35,3 +35,33 @@ class Observations:
         with self._database.write() as connection:
             if not connection.execute(update(cluster).where(cluster.c.id == 1).values(values)).rowcount:
                 connection.execute(insert(cluster).values(id=1, **values))
+            if snapshot is not None:
+                _note_nodes(connection, snapshot)
+
+    def lead(self, owner: str, lease_s: float) -> bool:
+        """Whether this dispatcher is the one that decides what is started: the first to ask, for as long as it asks."""
+        free = or_(cluster.c.leader.is_(None), cluster.c.leader == owner, cluster.c.leader_until < database_now())
+        values = {"leader": owner, "leader_until": database_now() + lease_s}
+        with self._database.write() as connection:
+            return bool(connection.execute(update(cluster).where(cluster.c.id == 1, free).values(values)).rowcount)
+
+    def give_up_lead(self, owner: str) -> None:
+        """Let another dispatcher decide at once."""
+        with self._database.write() as connection:
+            connection.execute(update(cluster).where(cluster.c.leader == owner).values(leader=None, leader_until=None))
+
+
+def _note_nodes(connection: Connection, snapshot: ClusterSnapshot) -> None:
+    """Machines that are there now; one that is gone and was drained is remembered, in case it comes back."""
+    ids = [node.id for node in snapshot.nodes]
+    connection.execute(delete(nodes).where(nodes.c.id.not_in(ids), nodes.c.drained_by.is_(None)))
+    for node in snapshot.nodes:
+        values = {
+            "name": node.name[:255],
+            "n_cpus": node.n_cpus,
+            "n_gpus": node.n_gpus,
+            "memory_bytes": node.memory_bytes,
+            "seen_at": database_now(),
+        }
+        if not connection.execute(update(nodes).where(nodes.c.id == node.id).values(values)).rowcount:
+            connection.execute(insert(nodes).values(id=node.id, **values))

@@ -13,19 +13,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import assert_never
+from typing import Final, assert_never
 
 from gnomon.errors import GnomonError, LeaseLost, Unavailable
 from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.deciding import Scheduler
 from gnomon_service.jobs.held import HeldJob, Lease, Wish
 from gnomon_service.jobs.leases import Leases
 from gnomon_service.settings import Settings
 from gnomon_storage.layout import ProjectLayout
-from gnomon_workers.runtime.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
+from gnomon_workers.runtime.protocol import Assignment, Cluster, ClusterSnapshot, ClusterUnreachable, Outcome
 
 logger = logging.getLogger(__name__)
 
 _OBSERVE_S = 2.0
+DECIDING_SHARE: Final = 10.0
+"""The next decision comes no sooner than after so many times what the last one took."""
 _NO_WISH = Wish(cancel_requested=False, deadline_passed=False)
 
 
@@ -36,8 +39,14 @@ class _Run:
     held: HeldJob
     is_started: bool
     last_seq: int
+    places: tuple[str, ...] = ()
+    """The node of each device that it holds, as the database has it."""
     cancelled_at: float | None = None
     """When the cluster was asked to stop it, by the monotonic clock."""
+    asked_to_leave_at: float | None = None
+    """When the cluster was asked to let it save what it has and leave."""
+    places_asked: tuple[str, ...] | None = None
+    """Devices that it was asked to hold."""
 
     @property
     def lease(self) -> Lease:
@@ -50,6 +59,7 @@ class Dispatcher:
 
     leases: Leases
     observations: Observations
+    scheduler: Scheduler
     cluster: Cluster
     settings: Settings
     owner: str
@@ -61,6 +71,8 @@ class Dispatcher:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _turned_at: float = field(default=0.0)
     _observed_at: float | None = None
+    _snapshot: ClusterSnapshot | None = None
+    _decide_at: float = 0.0
 
     def __post_init__(self) -> None:
         self._turned_at = self.clock()
@@ -94,12 +106,7 @@ class Dispatcher:
         if not is_reachable:
             return
         self._release()
-        while len(self._runs) < self.settings.max_running_jobs:
-            claimed = self.leases.claim(self.owner)
-            if claimed is None:
-                return
-            logger.info("job claimed", extra={"job_id": claimed.lease.job_id, "attempt": claimed.lease.attempt})
-            self._guard(self._hold(claimed), _NO_WISH)
+        self._schedule()
 
     def beat(self) -> None:
         """Renew every lease, unless the loop has stood still for too long: then let another take over."""
@@ -114,13 +121,35 @@ class Dispatcher:
 
     def hand_back(self) -> None:
         """Let go of every lease at once; the gangs go on and are adopted, unless the cluster stops too."""
-        give = self.leases.put_back if self.ends_with_cluster else self.leases.hand_back
+        give = self._stopped if self.ends_with_cluster else self.leases.hand_back
         for run in self._held_runs():
             try:
                 give(run.lease)
             except (LeaseLost, Unavailable) as error:
                 logger.warning("lease not handed back", extra={"job_id": run.lease.job_id, "reason": str(error)})
             self._drop(run)
+        try:
+            self.observations.give_up_lead(self.owner)
+        except Unavailable as error:
+            logger.warning("lead not given up", extra={"reason": str(error)})
+
+    def _stopped(self, lease: Lease) -> None:
+        self.leases.put_back(lease, "the service was stopped")
+
+    def _schedule(self) -> None:
+        """Start what can be started, if this is the dispatcher that leads; a decision may cost a tenth of the time."""
+        began = self.clock()
+        if self._snapshot is None or began < self._decide_at:
+            return
+        if not self.observations.lead(self.owner, self.settings.lease_s):
+            return
+        starts = self.scheduler.turn(self._snapshot)
+        self._decide_at = began + DECIDING_SHARE * (self.clock() - began)
+        for job_id, placement in starts:
+            claimed = self.leases.claim(self.owner, job_id, placement)
+            if claimed is not None:
+                logger.info("job claimed", extra={"job_id": job_id, "attempt": claimed.lease.attempt})
+                self._guard(self._hold(claimed), _NO_WISH)
 
     def _beat_until(self, stop: threading.Event) -> None:
         while not stop.wait(self.settings.beat_s):
@@ -179,10 +208,28 @@ class Dispatcher:
         if poll.reports:
             reports = [(report.seq, report.kind, report.data) for report in poll.reports]
             run.last_seq = self.leases.record(run.lease, reports)
+        if poll.places is not None and poll.places != run.places:
+            self.leases.place(run.lease, poll.places)
+            run.places = poll.places
         if poll.outcome is not None:
-            self._settle(run, poll.outcome, is_cancelled=is_cancelled)
+            self._settle(run, poll.outcome, wish, is_cancelled=is_cancelled)
         elif is_cancelled:
             self._stop(run)
+        elif wish.leave_why is not None:
+            self._let_leave(run, wish.leave_why)
+        elif wish.places is not None and wish.places != run.places_asked:
+            self.cluster.resize(run.lease.job_id, run.lease.attempt, wish.places)
+            run.places_asked = wish.places
+
+    def _let_leave(self, run: _Run, why: str) -> None:
+        """Ask a job to save what it has and leave; after the grace, put it back with what it had saved before."""
+        if run.asked_to_leave_at is None:
+            self.cluster.leave(run.lease.job_id, run.lease.attempt)
+            run.asked_to_leave_at = self.clock()
+        elif self.clock() - run.asked_to_leave_at >= self.settings.leave_grace_s:
+            self.cluster.kill(run.lease.job_id, run.lease.attempt)
+            late = f"{why}; it did not save in {self.settings.leave_grace_s:g} s: what came after its last save is lost"
+            self._end(run, f"put back: {late}", partial(self.leases.put_back, run.lease, late))
 
     def _stop(self, run: _Run) -> None:
         """Ask a job to stop, once; after the grace, end it."""
@@ -193,7 +240,7 @@ class Dispatcher:
             self.cluster.kill(run.lease.job_id, run.lease.attempt)
             self._end(run, "cancelled", partial(self.leases.cancelled, run.lease))
 
-    def _settle(self, run: _Run, outcome: Outcome, *, is_cancelled: bool) -> None:
+    def _settle(self, run: _Run, outcome: Outcome, wish: Wish, *, is_cancelled: bool) -> None:
         message = outcome.message or "no reason was given"
         match outcome.status:
             case "succeeded":
@@ -202,7 +249,9 @@ class Dispatcher:
                 self._fail(run, code=outcome.code or "job_failed", message=message)
             case "cancelled" if is_cancelled:
                 self._end(run, "cancelled", partial(self.leases.cancelled, run.lease))
-            case "lost" | "cancelled":
+            case "left" if wish.leave_why is not None:
+                self._end(run, f"left: {wish.leave_why}", partial(self.leases.put_back, run.lease, wish.leave_why))
+            case "lost" | "cancelled" | "left":
                 self._lose(run, message)
             case _:
                 assert_never(outcome.status)
@@ -246,7 +295,7 @@ class Dispatcher:
             self.observations.note(None)
             return False
         self.observations.note(snapshot)
-        self._observed_at = now
+        self._observed_at, self._snapshot = now, snapshot
         return True
 
     def _release(self) -> None:
@@ -256,7 +305,7 @@ class Dispatcher:
             self.leases.mark_released([(job_id, attempt)])
 
     def _hold(self, held: HeldJob) -> _Run:
-        run = _Run(held=held, is_started=held.is_running, last_seq=held.last_report_seq)
+        run = _Run(held=held, is_started=held.is_running, last_seq=held.last_report_seq, places=held.places)
         with self._lock:
             self._runs[held.lease.job_id] = run
         return run
@@ -282,4 +331,6 @@ def make_assignment(held: HeldJob, settings: Settings) -> Assignment:
         input_roots=settings.input_roots,
         store_id=held.store_id,
         dictionary_id=held.dictionary_id,
+        places=held.places,
+        mesh=held.mesh,
     )

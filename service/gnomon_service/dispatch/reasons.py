@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from gnomon_service.dispatch.order import Ask
 from gnomon_service.dispatch.room import Room
+from gnomon_service.jobs.waiting import Waiting
 
 Code = Literal[
     "waits_for_job", "retries", "paused", "held", "drained", "quota", "too_large", "room_is_made", "no_room", "behind",
@@ -23,6 +24,19 @@ class Reason:
 
     code: Code
     message: str
+
+
+def hindrance(job: Waiting) -> Reason | None:
+    """Why a job cannot be started whatever room there is; None where room is all that it waits for."""
+    if job.paused_by is not None:
+        return paused(job.paused_by)
+    if job.held_by is not None:
+        return held(job.project, job.held_by)
+    if job.waits_for is not None:
+        return waits_for_job(job.waits_for)
+    if job.retry_in_s > 0:
+        return retries(job.retry_in_s)
+    return clearing() if job.is_clearing else None
 
 
 def waits_for_job(job_id: str) -> Reason:
@@ -97,6 +111,11 @@ def no_room(
     if free_in_s:
         text += f", expected free in {duration(free_in_s)}"
     return Reason("no_room", text)
+
+
+def far_behind(n_told: int) -> Reason:
+    """It is not among the first of the queue, of which alone is told more."""
+    return Reason("behind", f"behind the first {n_told} jobs of the queue")
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,6 @@ from sqlalchemy import (
     Select,
     and_,
     case,
-    exists,
     insert,
     not_,
     or_,
@@ -137,11 +136,11 @@ class Leases:
 
     def place(self, lease: Lease, places: Sequence[str]) -> None:
         """Note which devices the attempt holds by now."""
-        wanted = case((jobs.c.places_wanted == literal(list(places), JSON), None), else_=jobs.c.places_wanted)
-        statement = update(jobs).where(_fence(lease)).values(places=list(places), places_wanted=wanted)
         with self._database.write() as connection:
-            if not connection.execute(statement).rowcount:
-                raise _lost(connection, lease)
+            wanted = self._check(connection, lease)["places_wanted"]
+            is_done = wanted is not None and sorted(wanted) == sorted(places)
+            values = {"places": list(places), "places_wanted": None if is_done else wanted}
+            connection.execute(update(jobs).where(_fence(lease)).values(values))
 
     def mark_running(self, lease: Lease) -> None:
         """Note that the attempt was started on the cluster; harmless if that was noted before."""
@@ -159,12 +158,12 @@ class Leases:
         and what it had stored is skipped.
         """
         with self._database.write() as connection:
-            self._check(connection, lease)
+            row = self._check(connection, lease)
             stored = int(connection.execute(_attempt_of(lease)).scalar_one())
             fresh = [report for report in reports if report[0] > stored]
             if not fresh:
                 return stored
-            values = self._lease_values(lease.owner) | _progress(fresh)
+            values = self._lease_values(lease.owner) | _progress(fresh, row["progress"])
             if any(map(_is_kept, fresh)):
                 values["n_losses"] = 0
             events = [(kind, data) for _, kind, data in fresh]
@@ -284,9 +283,20 @@ def _is_kept(report: tuple[int, str, Mapping[str, Any]]) -> bool:
     return kind == CheckpointSaved.kind or (kind == SegmentCommitted.kind and not data.get("kept"))
 
 
-def _progress(reports: Sequence[tuple[int, str, Mapping[str, Any]]]) -> dict[str, Any]:
+def _progress(
+    reports: Sequence[tuple[int, str, Mapping[str, Any]]], before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The last report of progress, with the best and worst rate of its phase beside it."""
     shown = [data for _, kind, data in reports if kind == Progressed.kind]
-    return {"progress": clean(dict(shown[-1]))} if shown else {}
+    if not shown:
+        return {}
+    last = clean(dict(shown[-1]))
+    if before is not None and before.get("phase") == last.get("phase"):
+        last |= {name: before[name] for name in ("rate_most", "rate_least") if before.get(name)}
+    if last.get("rate"):
+        last["rate_most"] = max(last["rate"], last.get("rate_most", 0.0))
+        last["rate_least"] = min(last["rate"], last.get("rate_least", last["rate"]))
+    return {"progress": last}
 
 
 def _held(row: RowMapping, owner: str, *, last_report_seq: int) -> HeldJob:

@@ -17,6 +17,7 @@ from gnomon_service.db.reads import read_job
 from gnomon_service.db.tables import job_dependencies, job_events, jobs
 from gnomon_service.jobs.artifacts import begin_store, check_not_deleting, lock_store, result_of_sealed
 from gnomon_service.jobs.ids import make_id
+from gnomon_service.jobs.steering import end_pause
 from gnomon_service.jobs.transitions import as_row, cancel, end, resume
 from gnomon_storage.digests import combine
 from gnomon_storage.layout import ProjectLayout
@@ -87,10 +88,10 @@ class Queue:
             return read_job(connection, project, job_id)
 
     def resume(self, project: str, job_id: str) -> Job:
-        """Queue a job again that failed or was cancelled: it goes on from what it had committed.
+        """Let a paused job go on, or queue one again that failed or was cancelled: it goes on from what it committed.
 
-        A job that has not ended stays as it is. Raises NotFound; Conflict, code "job_succeeded", where there is
-        nothing left to do, or "store_in_use" where another job makes its activation store by now.
+        Any other job stays as it is. Raises NotFound; Conflict, code "job_succeeded", where there is nothing left to
+        do, or "store_in_use" where another job makes its activation store by now.
         """
         with self._database.write() as connection:
             _take_turn(connection, self._database.dialect)
@@ -100,6 +101,8 @@ class Queue:
                 raise Conflict(f"job {job_id!r} has succeeded; there is nothing left to do", code="job_succeeded")
             if row["state"] in TERMINAL_STATES:
                 resume(connection, row)
+            elif row["paused_by"] is not None:
+                end_pause(connection, row)
             return read_job(connection, project, job_id)
 
     def _insert(self, connection: Connection, project: str, request: JobRequest, plan: Plan, **values: Any) -> str:
@@ -107,6 +110,7 @@ class Queue:
         common = {
             "project": project,
             "store_id": plan.store_id,
+            "job_class": request.job_class,
             "priority": request.priority,
             "max_attempts": request.max_attempts,
             "deadline_at": None if request.deadline_s is None else database_now() + request.deadline_s,

@@ -246,6 +246,7 @@ def resume(connection: Connection, row: RowMapping) -> None:
         finished_at=None,
         error_code=None,
         error_message=None,
+        paused_by=None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
@@ -12,8 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from gnomon_workers.attempts.supervisor import Supervisor
-from gnomon_workers.runtime.devices import Devices
-from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, Poll
+from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, NodeSnapshot, Poll
 
 ANSWER_S: Final = 15.0
 """Longest wait for a supervisor's answer before it counts as silent; it then holds up no other job any more."""
@@ -113,15 +112,22 @@ class RayCluster:
             self._answering(lambda: ray.kill(supervisor))
         self._silent.pop(_name(job_id, attempt), None)
 
+    def leave(self, job_id: str, attempt: int) -> None:
+        """Ask an attempt to save what it has and end; its outcome is then "left". Asking twice is harmless."""
+        supervisor = self._find(job_id, attempt)
+        if supervisor is not None:
+            supervisor.leave.remote()
+
+    def resize(self, job_id: str, attempt: int, places: tuple[str, ...]) -> None:
+        """Ask an elastic attempt to hold these devices, as soon as it can; others are as they are."""
+        supervisor = self._find(job_id, attempt)
+        if supervisor is not None:
+            supervisor.resize.remote(places)
+
     def snapshot(self) -> ClusterSnapshot:
-        """Cores, GPUs and nodes of the cluster, whoever uses them now."""
-        devices = self._answering(Devices.of_cluster)
-        nodes = self._answering(ray.nodes)
-        return ClusterSnapshot(
-            n_cpus=devices.n_cpus,
-            n_gpus=devices.n_gpus,
-            n_nodes=sum(bool(node["Alive"]) for node in nodes),
-        )
+        """Machines of the cluster, whoever uses them now."""
+        nodes = [node for node in self._answering(ray.nodes) if node["Alive"]]
+        return ClusterSnapshot(nodes=tuple(map(_node, nodes)))
 
     def _find(self, job_id: str, attempt: int) -> Any:
         name = _name(job_id, attempt)
@@ -142,3 +148,15 @@ class RayCluster:
 
 def _name(job_id: str, attempt: int) -> str:
     return f"{job_id}.a{attempt:04d}"
+
+
+def _node(node: Mapping[str, Any]) -> NodeSnapshot:
+    resources = node["Resources"]
+    memory = resources.get("memory")
+    return NodeSnapshot(
+        id=node["NodeID"],
+        name=str(node.get("NodeManagerHostname") or node.get("NodeManagerAddress") or node["NodeID"]),
+        n_cpus=float(resources.get("CPU", 0)),
+        n_gpus=float(resources.get("GPU", 0)),
+        memory_bytes=None if memory is None else int(memory),
+    )

@@ -34,6 +34,10 @@ class Assignment:
     """The activation store that is harvested, trained on, or evaluated against."""
     dictionary_id: str | None = None
     """The dictionary that a train job publishes (the first, where it has variants), or an evaluate job measures."""
+    places: tuple[str, ...] = ()
+    """The node of each device that the attempt is given, by Ray's id; one member of its gangs goes to each."""
+    mesh: tuple[int, int] | None = None
+    """(dp, features) of a training, where that was chosen before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +55,9 @@ class Report:
 class Outcome:
     """How an attempt ended."""
 
-    status: Literal["succeeded", "failed", "lost", "cancelled"]
-    """"failed" is final (the job's own fault); "lost" is an infrastructure loss, and the job runs again."""
+    status: Literal["succeeded", "failed", "lost", "cancelled", "left"]
+    """"failed" is final (the job's own fault); "lost" is an infrastructure loss, and the job runs again; "left" is an
+    attempt that was asked to: it has saved what it had."""
     result: Mapping[str, Any] = field(default_factory=dict)
     """A HarvestResult, TrainResult or EvaluateResult as JSON, and beside it what the job made: of a harvest `record`,
     the fields of the ActivationStore; of a training `records`, those of each Dictionary, in the order of variants."""
@@ -77,15 +82,43 @@ class Poll:
 
     reports: tuple[Report, ...]
     outcome: Outcome | None
+    places: tuple[str, ...] | None = None
+    """The node of each device that the attempt holds by now; None where it keeps those that it was given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSnapshot:
+    """A machine of the cluster that lives."""
+
+    id: str
+    """Ray's."""
+    name: str
+    """For people: its host's name or address."""
+    n_cpus: float
+    n_gpus: float
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSnapshot:
-    """Resources of the cluster, in total."""
+    """The cluster's machines, whoever uses them now."""
 
-    n_cpus: float
-    n_gpus: float
-    n_nodes: int
+    nodes: tuple[NodeSnapshot, ...]
+
+    @property
+    def n_cpus(self) -> float:
+        """Cores of all machines."""
+        return sum(node.n_cpus for node in self.nodes)
+
+    @property
+    def n_gpus(self) -> float:
+        """GPUs of all machines."""
+        return sum(node.n_gpus for node in self.nodes)
+
+    @property
+    def n_nodes(self) -> int:
+        """Machines."""
+        return len(self.nodes)
 
 
 class ClusterUnreachable(Exception):
@@ -103,6 +136,12 @@ class Cluster(Protocol):
 
     def cancel(self, job_id: str, attempt: int) -> None:
         """Ask an attempt to stop; it ends with outcome "cancelled"."""
+
+    def leave(self, job_id: str, attempt: int) -> None:
+        """Ask an attempt to save what it has and end; its outcome is then "left". Asking twice is harmless."""
+
+    def resize(self, job_id: str, attempt: int, places: tuple[str, ...]) -> None:
+        """Ask an elastic attempt to hold these devices, as soon as it can; others are as they are."""
 
     def kill(self, job_id: str, attempt: int) -> None:
         """End an attempt at once and free all it holds; harmless if it is gone."""

@@ -1,0 +1,262 @@
+"""One turn of the scheduler: from what the database and the cluster say to what is started, moved and told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sqlalchemy import Connection, bindparam, case, func, or_, select, update
+
+from gnomon.events import Logged
+from gnomon.specs.request import CLASSES
+from gnomon_service.db.engine import Database, database_now
+from gnomon_service.db.tables import activation_stores, attempts, cluster, jobs, nodes, projects
+from gnomon_service.dispatch import reasons
+from gnomon_service.dispatch.asks import Demand, demand_of
+from gnomon_service.dispatch.decisions import Decisions, Gang
+from gnomon_service.dispatch.order import Ask, Share
+from gnomon_service.dispatch.reasons import Reason
+from gnomon_service.dispatch.room import Node, Room, Shape
+from gnomon_service.dispatch.scheduling import N_TOLD, decide
+from gnomon_service.jobs.held import Placement
+from gnomon_service.jobs.transitions import add_events, as_row
+from gnomon_service.jobs.waiting import Waiting, read_waiting
+from gnomon_workers.runtime.protocol import ClusterSnapshot
+from gnomon_workers.sae.shape import Device
+
+WINDOW_S: Final = 86_400.0
+"""What projects took is counted over so long."""
+N_AHEAD: Final = 3
+"""Jobs named to one that waits behind them."""
+_HELD: Final = ("scheduled", "running")
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Decides for the whole cluster; only the dispatcher that leads asks it."""
+
+    database: Database
+    _demands: dict[tuple[str, int], Demand] = field(default_factory=dict)
+    """By job and number of devices: specs do not change."""
+
+    def turn(self, snapshot: ClusterSnapshot) -> list[tuple[str, Placement]]:
+        """What to start, as (job, where); what is moved and told is written down."""
+        with self.database.read() as connection:
+            waiting = read_waiting(connection)
+            seen = _Seen.of(connection, snapshot)
+            self._look_up(connection, [*(job.id for job in waiting), *seen.running], seen)
+        blocked = {job.id: reason for job in waiting if (reason := reasons.hindrance(job)) is not None}
+        asks = [self._ask(job, seen) for job in waiting if job.id not in blocked]
+        gangs = [self._gang(row, seen) for row in seen.running.values()]
+        stop = reasons.drained(seen.drained_by) if seen.drained_by else None
+        decisions = decide(asks, gangs, seen.nodes, seen.shares, what=seen.what, starts_nothing=stop)
+        self._write(decisions, seen)
+        self._tell(waiting, decisions, blocked)
+        sizes = {ask.job_id: ask for ask in asks}
+        return [
+            (start.job_id, _placement(sizes[start.job_id], start.places, start.guest_for_s, seen.kinds[start.job_id]))
+            for start in decisions.starts
+        ]
+
+    # ------------------------------------------------------------------------------------------ what there is
+
+    def _look_up(self, connection: Connection, job_ids: Sequence[str], seen: _Seen) -> None:
+        """Read the specs of jobs that are seen for the first time; forget those that are no longer there."""
+        n_devices = seen.empty.n_devices
+        self._demands = {key: demand for key, demand in self._demands.items() if key[1] == n_devices}
+        known = {job_id for job_id, _ in self._demands}
+        for job_id in known.difference(job_ids):
+            del self._demands[job_id, n_devices]
+        fresh = [job_id for job_id in job_ids if job_id not in known]
+        hooks = activation_stores.c.hooks
+        joined = jobs.outerjoin(
+            activation_stores,
+            (activation_stores.c.project == jobs.c.project) & (activation_stores.c.id == jobs.c.store_id),
+        )
+        for first in range(0, len(fresh), 500):
+            some = jobs.c.id.in_(fresh[first : first + 500])
+            statement = select(jobs.c.id, jobs.c.kind, jobs.c.spec, jobs.c.mesh, hooks).select_from(joined).where(some)
+            for row in connection.execute(statement):
+                mesh = None if row.mesh is None else (row.mesh[0], row.mesh[1])
+                if row.kind == "train" and not row.hooks:
+                    continue  # its store is not sealed yet: it is asked for when it is
+                self._demands[row.id, n_devices] = demand_of(
+                    row.kind, row.spec, row.hooks or {}, mesh=mesh, empty=seen.empty, device=seen.device
+                )
+
+    def _ask(self, job: Waiting, seen: _Seen) -> Ask:
+        demand = self._demand_of(job.id, seen)
+        return Ask(
+            job_id=job.id,
+            project=job.project,
+            tier=CLASSES.index(job.job_class),
+            priority=job.priority,
+            waited_s=job.waited_s,
+            shapes=demand.shapes,
+            n_most=demand.n_most,
+        )
+
+    def _gang(self, row: Mapping[str, Any], seen: _Seen) -> Gang:
+        held, wanted = row["places"] or (), row["places_wanted"]
+        places = tuple(held if wanted is None else wanted)
+        gives = Counter(held) - Counter(places)
+        return Gang(
+            job_id=row["id"],
+            project=row["project"],
+            tier=CLASSES.index(row["job_class"]),
+            priority=row["priority"],
+            places=places,
+            gives=tuple(gives.elements()),
+            n_most=self._demand_of(row["id"], seen).n_most,
+            ends_in_s=_ends_in_s(row["progress"]),
+            ran_s=row["ran_s"] or 0.0,
+            is_leaving=row["leave_why"] is not None,
+            guest_for_s=row["guest_for_s"],
+        )
+
+    def _demand_of(self, job_id: str, seen: _Seen) -> Demand:
+        return self._demands.get((job_id, seen.empty.n_devices), Demand(shapes=(Shape(1),)))
+
+    # ------------------------------------------------------------------------------------------ what is decided
+
+    def _write(self, decisions: Decisions, seen: _Seen) -> None:
+        """Let whoever holds the jobs know that they shall leave, or be of another size."""
+        for leave in decisions.leaves:
+            with self.database.write() as connection:
+                add_events(
+                    connection,
+                    (jobs.c.id == leave.job_id) & jobs.c.state.in_(_HELD) & jobs.c.leave_why.is_(None),
+                    [as_row(Logged(message=f"asked to leave: {leave.why}"))],
+                    leave_why=leave.why,
+                )
+        for job_id, places in decisions.sizes.items():
+            is_same = jobs.c.attempt == seen.running[job_id]["attempt"]
+            with self.database.write() as connection:
+                running = (jobs.c.id == job_id) & jobs.c.state.in_(_HELD) & is_same
+                connection.execute(update(jobs).where(running).values(places_wanted=list(places)))
+
+    def _tell(self, waiting: Sequence[Waiting], decisions: Decisions, blocked: Mapping[str, Reason]) -> None:
+        """Say of every queued job where it is in the queue and why; only what has changed is written."""
+        told = dict.fromkeys(decisions.order, _told(reasons.far_behind(N_TOLD)))
+        for position, job_id in enumerate(decisions.order[: len(decisions.reasons)]):
+            ahead = decisions.order[max(0, position - N_AHEAD) : position]
+            told[job_id] = _told(decisions.reasons[job_id], position=position + 1, ahead=ahead)
+        told |= {job_id: _told(reason) for job_id, reason in blocked.items()}
+        before = {job.id: job.told for job in waiting}
+        changed = [(job_id, words) for job_id, words in told.items() if before[job_id] != words]
+        if not changed:
+            return
+        statement = (
+            update(jobs)
+            .where(jobs.c.id == bindparam("job"), jobs.c.state == "queued")
+            .values(waits_in_queue=bindparam("words"))
+        )
+        with self.database.write() as connection:
+            connection.execute(statement, [{"job": job_id, "words": words} for job_id, words in changed])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """The cluster and what runs on it."""
+
+    nodes: list[Node]
+    empty: Room
+    device: Device
+    running: dict[str, Mapping[str, Any]]
+    kinds: dict[str, str]
+    shares: dict[str, Share]
+    drained_by: str | None
+
+    @property
+    def what(self) -> str:
+        """What devices are called."""
+        return "GPUs" if self.device == "gpu" else "cores"
+
+    @classmethod
+    def of(cls, connection: Connection, snapshot: ClusterSnapshot) -> _Seen:
+        uses_gpus = snapshot.n_gpus > 0
+        drained = select(nodes.c.id).where(nodes.c.drained_by.is_not(None))
+        is_drained = set(connection.execute(drained).scalars())
+        found = [
+            Node(
+                id=node.id,
+                n_devices=int(node.n_gpus if uses_gpus else node.n_cpus),
+                is_drained=node.id in is_drained,
+            )
+            for node in snapshot.nodes
+        ]
+        running = _read_running(connection)
+        return cls(
+            nodes=found,
+            empty=Room.of(found),
+            device="gpu" if uses_gpus else "cpu",
+            running=running,
+            kinds=dict(connection.execute(select(jobs.c.id, jobs.c.kind).where(jobs.c.state == "queued")).all()),
+            shares=_read_shares(connection),
+            drained_by=connection.execute(select(cluster.c.drained_by)).scalar(),
+        )
+
+
+def _read_running(connection: Connection) -> dict[str, Mapping[str, Any]]:
+    """Jobs that hold devices, by id."""
+    is_current = (attempts.c.job_id == jobs.c.id) & (attempts.c.attempt == jobs.c.attempt)
+    statement = (
+        select(
+            jobs.c.id,
+            jobs.c.project,
+            jobs.c.attempt,
+            jobs.c.job_class,
+            jobs.c.priority,
+            jobs.c.places,
+            jobs.c.places_wanted,
+            jobs.c.leave_why,
+            jobs.c.progress,
+            (database_now() - attempts.c.started_at).label("ran_s"),
+            (jobs.c.guest_until - database_now()).label("guest_for_s"),
+        )
+        .select_from(jobs.outerjoin(attempts, is_current))
+        .where(jobs.c.state.in_(_HELD))
+    )
+    return {row["id"]: dict(row) for row in connection.execute(statement).mappings()}
+
+
+def _read_shares(connection: Connection) -> dict[str, Share]:
+    """What projects are owed, and what they took in the window."""
+    begin = database_now() - WINDOW_S
+    began = case((attempts.c.started_at < begin, begin), else_=attempts.c.started_at)
+    took = func.sum(attempts.c.n_devices * (func.coalesce(attempts.c.ended_at, database_now()) - began))
+    statement = (
+        select(jobs.c.project, took.label("used_s"))
+        .select_from(attempts.join(jobs, jobs.c.id == attempts.c.job_id))
+        .where(or_(attempts.c.ended_at.is_(None), attempts.c.ended_at > begin))
+        .group_by(jobs.c.project)
+    )
+    used = {row.project: float(row.used_s or 0.0) for row in connection.execute(statement)}
+    shares = {project: Share(used_s=used_s) for project, used_s in used.items()}
+    for row in connection.execute(select(projects)):
+        shares[row.name] = Share(
+            weight=row.weight,
+            used_s=used.get(row.name, 0.0),
+            n_jobs_most=row.n_jobs_most,
+            n_devices_most=row.n_devices_most,
+        )
+    return shares
+
+
+def _told(reason: Reason, *, position: int | None = None, ahead: Sequence[str] = ()) -> dict[str, Any]:
+    return {"position": position, "ahead": list(ahead), "code": reason.code, "message": reason.message}
+
+
+def _ends_in_s(progress: Mapping[str, Any] | None) -> float | None:
+    """When a job will be done, as far as its present phase and its rate tell."""
+    if not progress or not progress.get("rate") or not progress.get("total"):
+        return None
+    return max(0.0, float(progress["total"] - progress["done"]) / float(progress["rate"]))
+
+
+def _placement(ask: Ask, places: tuple[str, ...], guest_for_s: float | None, kind: str) -> Placement:
+    shape = next((shape for shape in ask.shapes if shape.n_devices == len(places)), None)
+    mesh = (shape.n_groups, shape.group_size) if kind == "train" and shape is not None else None
+    return Placement(places=places, mesh=mesh, guest_for_s=guest_for_s)
