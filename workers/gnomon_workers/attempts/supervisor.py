@@ -24,7 +24,7 @@ from gnomon_workers.evaluate.job import run_evaluate
 from gnomon_workers.harvest.job import run_harvest
 from gnomon_workers.runtime.faults import own_fault, summary, trace
 from gnomon_workers.runtime.protocol import Assignment, Outcome, Poll
-from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.runtime.reporting import Cancelled, Left, Reporter, WorkerLost
 from gnomon_workers.train.job import run_train
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,19 @@ class Supervisor:
         self._reporter.acknowledge(after)
         # The outcome is read first: reports made before it are then never missed.
         outcome = self._outcome
-        return Poll(reports=self._reporter.after(after), outcome=outcome)
+        return Poll(reports=self._reporter.after(after), outcome=outcome, places=self._reporter.places)
 
     def cancel(self) -> None:
         """Ask the job to stop."""
         self._reporter.cancel()
+
+    def leave(self) -> None:
+        """Ask the job to save what it has and end."""
+        self._reporter.leave()
+
+    def resize(self, places: tuple[str, ...]) -> None:
+        """Ask an elastic job to hold these devices, as soon as it can."""
+        self._reporter.places_wanted = places
 
     def _run(self) -> None:
         kind, runner = RUNNERS[self._assignment.kind]
@@ -75,6 +83,8 @@ class Supervisor:
             self._outcome = Outcome(status="succeeded", result=dict(result))
         except Cancelled:
             self._outcome = Outcome(status="cancelled")
+        except Left:
+            self._outcome = Outcome(status="left")
         except WorkerLost as error:
             self._outcome = Outcome(status="lost", code="worker_lost", message=str(error))
         except Exception as error:

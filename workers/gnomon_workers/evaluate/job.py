@@ -67,8 +67,6 @@ def run_evaluation(
     """
     store = ActivationStore.open(ProjectLayout.open(assignment.storage_root).store(assignment.store_id))
     has_logits = store.manifest.model.get("kind_of_model", "causal") == "causal"
-    devices = Devices.of_cluster()
-    n_workers = devices.n_members if devices.use_gpu else min(N_CORES, devices.n_members)
     config = read_config(folder)
     task = EvaluateTask(
         store=store.location.url,
@@ -77,12 +75,12 @@ def run_evaluation(
         evaluation=evaluation,
         has_logits=has_logits,
         input_roots=assignment.input_roots,
-        n_workers=n_workers,
+        n_workers=len(assignment.places) or _n_workers(),
     )
     n_tokens = _n_tokens(store, evaluation, has_logits=has_logits)
     reporter.phase("evaluate", total=n_tokens, unit="tokens", variant=variant)
     began = time.monotonic()
-    core, patch = _gather(task, reporter, began)
+    core, patch = _gather(task, assignment.places, reporter, began)
     reporter.progress(n_tokens)
     metrics = DictionaryMetrics(skipped="the store has no held-out row: its text is shorter than two contexts")
     if core is not None:
@@ -106,13 +104,21 @@ def warn_of_few_rows(metrics: DictionaryMetrics, reporter: Reporter) -> None:
     reporter.report(Logged(level="warning", message=message))
 
 
-def _gather(task: EvaluateTask, reporter: Reporter, began: float) -> tuple[CoreSums | None, PatchSums | None]:
-    with Gang.start(EvaluateWorker, task.n_workers, reporter) as gang:
+def _n_workers() -> int:
+    """Workers where nothing was said of devices: by a dispatcher of a release that did not."""
+    devices = Devices.of_cluster()
+    return devices.n_members if devices.use_gpu else min(N_CORES, devices.n_members)
+
+
+def _gather(
+    task: EvaluateTask, places: tuple[str, ...], reporter: Reporter, began: float
+) -> tuple[CoreSums | None, PatchSums | None]:
+    with Gang.start(EvaluateWorker, task.n_workers, reporter, places=places, apart=True) as gang:
         done = 0
 
         def tick() -> None:
             nonlocal done
-            reporter.check_cancelled()
+            reporter.check()  # what is measured is measured again: there is nothing to save
             done = max(done, sum(int(beat) for beat in gang.last_beats))  # less where a lost share is begun again
             reporter.progress(done, rate=done / max(time.monotonic() - began, 1e-9))
 

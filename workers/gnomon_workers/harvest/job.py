@@ -183,8 +183,9 @@ def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: Ha
     first = next(missing, None)
     if first is None:
         return commits
-    n_workers = progress.n_workers = count_workers(run.spec, progress.reporter)
-    with Gang.start(HarvestWorker, n_workers, progress.reporter) as gang:
+    places = run.assignment.places
+    n_workers = progress.n_workers = len(places) or count_workers(run.spec, progress.reporter)
+    with Gang.start(HarvestWorker, n_workers, progress.reporter, places=places, apart=True) as gang:
         driver = Driver(
             crew=Crew(gang, progress.reporter),
             task=run.task(),

@@ -51,6 +51,20 @@ class Crew:
         """Places that have a member, or wait for one."""
         return [index for index in range(len(self.gang.members)) if index not in self._empty]
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Nodes of the members that have one, by Ray's id."""
+        return tuple(node for index in self.present if (node := self.gang.node_of(index)) is not None)
+
+    def grow(self, node: str) -> int:
+        """Take in another member, on a node if it has room; returns its place."""
+        return self.gang.add(node)
+
+    def shrink(self, index: int) -> None:
+        """Let a member go that has nothing under way."""
+        self._empty.add(index)
+        self.gang.remove(index)
+
     def look(self, running: Mapping[Any, int], *, every_s: float = 0.2) -> Look:
         """Wait for the first of the references for every_s seconds at most, each of a member's work.
 
@@ -83,7 +97,7 @@ class Crew:
         Raises WorkerLost where it was the last place.
         """
         # a machine's end is often seen twice: its member's, and that of the replacement which was still sent there
-        self._n_lost[index] += self.gang.is_placed
+        self._n_lost[index] += self.gang.is_placed(index)
         if self._n_lost[index] < MAX_LOSSES:
             self._warn(f"worker {index} is replaced, {begun}: {why}")
             self.gang.replace(index)
@@ -123,7 +137,7 @@ class Crew:
         if now < self._room_due:
             return
         self._room_due = now + BEAT_EVERY_S
-        unplaced = [index for index in self.gang.unplaced() if index in self.present]
+        unplaced = self.gang.unplaced(self.present)
         if not unplaced:
             self._room = None
             return

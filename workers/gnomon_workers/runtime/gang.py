@@ -28,6 +28,8 @@ from gnomon_workers.runtime.answers import value_of
 from gnomon_workers.runtime.devices import Devices, free_devices
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 
+NODE_LABEL: Final = "ray.io/node-id"
+"""Label that Ray gives every node."""
 NO_ROOM_S: Final = 5.0
 """Without a place for this long, a gang says that it waits for room,"""
 SAY_EVERY_S: Final = 300.0
@@ -49,36 +51,54 @@ class Gang:
     """
 
     members: list[Any]
-    group: PlacementGroup
-    _begin: Callable[[int], Any]
-    """Starts the member of an index in its own place of the group."""
+    groups: list[PlacementGroup]
+    """The one in which all have their places, or one for each member of a gang whose members are apart."""
+    _begin: Callable[[PlacementGroup, int, int], Any]
+    """Starts a member, with its index, in the place of a group that has the number given."""
     last_beats: list[Any] = field(default_factory=list)
     """What each member last answered to `beat()`."""
     _asked: dict[int, tuple[Any, float]] = field(default_factory=dict)
     _started: set[int] = field(default_factory=set)
 
     @classmethod
-    def start(cls, actor_class: Any, n_members: int, reporter: Reporter, *, env: dict[str, str] | None = None) -> Self:
+    def start(
+        cls,
+        actor_class: Any,
+        n_members: int,
+        reporter: Reporter,
+        *,
+        places: Sequence[str] = (),
+        apart: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> Self:
         """Reserve resources and start the members, with their index as the only argument.
 
-        Waits for as long as the cluster has no room, and says so; raises Cancelled.
+        places: the node of each member, by Ray's id; without them, wherever there is room. Members that are apart come
+        and go one by one, and may be placed elsewhere. Waits for as long as the cluster has no room for all of them, or
+        for the first that is apart, and says so; raises Cancelled, Left, and WorkerLost where a node has gone.
         """
         devices = Devices.of_cluster()
-        group = _reserve(devices, n_members, reporter)
+        if apart:
+            groups = [_ask_for_one(devices, node) for node in (*places, *[None] * (n_members - len(places)))]
+            _wait_for(groups[0], groups, (), n_members, reporter)
+        else:
+            groups = [_ask_for_all(devices, n_members, places)]
+            _wait_for(groups[0], groups, places, n_members, reporter)
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
 
-        def begin(index: int) -> Any:
+        def begin(group: PlacementGroup, place: int, index: int) -> Any:
             options = ray.remote(actor_class).options(
                 **devices.options,
                 max_restarts=0,
                 max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
                 runtime_env={"env_vars": threads},
             )
             return options.remote(index)
 
-        members = [begin(index) for index in range(n_members)]
-        return cls(members=members, group=group, _begin=begin, last_beats=[0] * n_members)
+        made = cls(members=[], groups=groups, _begin=begin, last_beats=[0] * n_members)
+        made.members = [begin(*made._place(index), index) for index in range(n_members)]
+        return made
 
     def __enter__(self) -> Self:
         return self
@@ -92,7 +112,16 @@ class Gang:
             # the next gang of this attempt writes the same paths
             with suppress(RayError):
                 ray.get(member.beat.remote(), timeout=max(0.0, deadline - time.monotonic()))
-        remove_placement_group(self.group)
+        for group in self.groups:
+            remove_placement_group(group)
+
+    def _place(self, index: int) -> tuple[PlacementGroup, int]:
+        """The group and the number in it of a member's place."""
+        return (self.groups[0], index) if self._is_together else (self.groups[index], 0)
+
+    @property
+    def _is_together(self) -> bool:
+        return len(self.groups) == 1 and self.groups[0].bundle_count > 1
 
     def watch(self, running: Sequence[Any], on_tick: Callable[[], None], *, every_s: float = 0.2) -> list[Any]:
         """Wait until all `running` references are done and return their values; on_tick runs meanwhile.
@@ -144,21 +173,38 @@ class Gang:
         same paths.
         """
         ray.kill(self.members[index])
-        self.members[index] = self._begin(index)
+        self.members[index] = self._begin(*self._place(index), index)
         self.last_beats[index] = 0
         self._asked.pop(index, None)
         self._started.discard(index)
 
-    @property
-    def is_placed(self) -> bool:
-        """Whether every member has a machine."""
-        return bool(placement_group_table(self.group)["state"] == "CREATED")
+    def add(self, node: str) -> int:
+        """Start another member of a gang whose members are apart, on a node if it has room; returns its index."""
+        index = len(self.members)
+        self.groups.append(_ask_for_one(Devices.of_cluster(), node))
+        self.last_beats.append(0)
+        self.members.append(self._begin(self.groups[index], 0, index))
+        return index
 
-    def unplaced(self) -> list[int]:
-        """Members that wait for room, since their machine has gone: a silence that is no loss."""
-        waiting = [index for index in range(len(self.members)) if index not in self._started]
-        if not waiting or self.is_placed:
-            return []
+    def remove(self, index: int) -> None:
+        """End a member of a gang whose members are apart, and free its place; the index stays empty."""
+        ray.kill(self.members[index])
+        remove_placement_group(self.groups[index])
+        self._asked.pop(index, None)
+
+    def node_of(self, index: int) -> str | None:
+        """The node on which a member is, by Ray's id; None as long as there is no room for it."""
+        group, place = self._place(index)
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        return nodes.get(place) or None if self.is_placed(index) else None
+
+    def is_placed(self, index: int) -> bool:
+        """Whether a member has a machine: all have one, or none, where they are together."""
+        return bool(placement_group_table(self._place(index)[0])["state"] == "CREATED")
+
+    def unplaced(self, indices: Sequence[int]) -> list[int]:
+        """Those members that wait for room, since their machine has gone: a silence that is no loss."""
+        waiting = [index for index in indices if index not in self._started and not self.is_placed(index)]
         now = time.monotonic()
         self._asked |= {index: (self._asked[index][0], now) for index in waiting if index in self._asked}
         return waiting
@@ -186,21 +232,44 @@ class RoomWait:
         return self._said_at is not None
 
 
-def _reserve(devices: Devices, n_members: int, reporter: Reporter) -> PlacementGroup:
-    """Room for all members, as soon as there is."""
+def _ask_for_all(devices: Devices, n_members: int, places: Sequence[str]) -> PlacementGroup:
+    """Room for all members, each on its node."""
     # all or none: two gangs that each held half of the devices would wait for each other for ever
-    group: PlacementGroup = placement_group([devices.of_member for _ in range(n_members)], strategy="PACK")
+    labels = [{NODE_LABEL: node} for node in places] or None
+    bundles = [devices.of_member for _ in range(n_members)]
+    group: PlacementGroup = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
+    return group
+
+
+def _ask_for_one(devices: Devices, node: str | None) -> PlacementGroup:
+    """Room for one member, on a node if that has some."""
+    group: PlacementGroup = placement_group([devices.of_member], strategy="STRICT_PACK", _soft_target_node_id=node)
+    return group
+
+
+def _wait_for(
+    first: PlacementGroup, groups: list[PlacementGroup], places: Sequence[str], n_members: int, reporter: Reporter
+) -> None:
+    """Wait until there is room for the first group; gives all up where that will never be."""
     wait = RoomWait(reporter)
     try:
-        while not group.wait(1.0):
-            reporter.check_cancelled()
+        while not first.wait(1.0):
+            reporter.check()
+            _check_nodes(places)
             wait.say(n_members)
     except BaseException:
-        remove_placement_group(group)
+        for group in groups:
+            remove_placement_group(group)
         raise
     if wait.was_said:
         reporter.resume()
-    return group
+
+
+def _check_nodes(places: Sequence[str]) -> None:
+    """Raise WorkerLost where a node has gone on which a member was to be: the scheduler finds others."""
+    gone = set(places).difference(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    if gone:
+        raise WorkerLost(f"node {min(gone)} has gone before the gang was there")
 
 
 def _no_room(devices: Devices, n_members: int) -> Unavailable:

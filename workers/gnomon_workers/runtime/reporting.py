@@ -30,6 +30,10 @@ class Cancelled(Exception):
     """The user asked the job to stop."""
 
 
+class Left(Exception):
+    """The job was asked to leave, and has saved what it had."""
+
+
 class WorkerLost(Exception):
     """A worker died, hung or could not be placed: an infrastructure loss, the attempt is run again."""
 
@@ -46,6 +50,12 @@ class Reporter:
         self._reports: deque[Report] = deque()
         self._last_seq = 0
         self._cancelled = threading.Event()
+        self._leaving = threading.Event()
+        self._stopped = threading.Event()
+        self.places_wanted: tuple[str, ...] | None = None
+        """Devices that an elastic job shall hold, once that was said."""
+        self.places: tuple[str, ...] | None = None
+        """Devices that it holds; None where it keeps what it was given."""
         self._phase = PhaseBegan(phase="")
         self._phase_began = self._progress_due = 0.0
         self._n_kept = 0
@@ -101,9 +111,9 @@ class Reporter:
         self.report(Progressed(**self._phase.known(), done=0))
 
     def wait(self, seconds: float) -> None:
-        """Let time pass; raises Cancelled as soon as the job is asked to stop."""
-        self._cancelled.wait(seconds)
-        self.check_cancelled()
+        """Let time pass; raises Cancelled or Left as soon as the job is asked to stop."""
+        self._stopped.wait(seconds)
+        self.check()
 
     def after(self, seq: int) -> tuple[Report, ...]:
         """Reports with a number above seq, oldest first, as far as they were not acknowledged."""
@@ -119,6 +129,23 @@ class Reporter:
     def cancel(self) -> None:
         """Ask the job to stop at its next check."""
         self._cancelled.set()
+        self._stopped.set()
+
+    def leave(self) -> None:
+        """Ask the job to save what it has, and stop."""
+        self._leaving.set()
+        self._stopped.set()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the job was asked to leave."""
+        return self._leaving.is_set()
+
+    def check(self) -> None:
+        """Raise Cancelled or Left if the job was asked to stop, where there is nothing to save."""
+        self.check_cancelled()
+        if self.is_leaving:
+            raise Left
 
     def check_cancelled(self) -> None:
         """Raise Cancelled if the job was asked to stop."""

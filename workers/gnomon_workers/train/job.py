@@ -20,7 +20,7 @@ from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.gang import Gang, lost_as_such
 from gnomon_workers.runtime.protocol import Assignment, Report
-from gnomon_workers.runtime.reporting import Reporter, WorkerLost
+from gnomon_workers.runtime.reporting import Left, Reporter, WorkerLost
 from gnomon_workers.sae.costs import checkpoint_bytes
 from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.train.publishing import export
@@ -137,7 +137,8 @@ def train_gang(
     # before the work, or a full disk would be found at every checkpoint anew, after all of its steps
     folders[0].check_room(sum(checkpoint_bytes(each.plan.shape) for each in run.trainings))
     began = time.monotonic()
-    with Gang.start(TrainRank, plan.n_ranks, reporter, env=failpoints.environment()) as gang:
+    places = run.assignment.places
+    with Gang.start(TrainRank, plan.n_ranks, reporter, places=places, env=failpoints.environment()) as gang:
         _drive(gang, run, reporter, measured or MeanRate())
     tokens_per_s = (spec.n_steps - first_step) * spec.batch_size / (time.monotonic() - began)
     return tuple(next(committed_checkpoints(folder)) for folder in folders), tokens_per_s
@@ -153,12 +154,14 @@ def _drive(gang: Gang, run: TrainRun, reporter: Reporter, measured: MeanRate) ->
 
     def tick() -> None:
         forward()
+        if reporter.is_leaving:
+            gang.members[0].leave.remote()  # again and again: it may not have been there to hear it
         quiet_s = min(map(float, gang.last_beats))
         if quiet_s > SILENT_S:
             raise WorkerLost(f"no rank has got on for {quiet_s:.0f} s")
 
     try:
-        gang.watch(running, tick)
+        have_left = gang.watch(running, tick)
     except WorkerLost:
         # if rank 0 lives, what it has said belongs to steps that may never be made again
         forward.salvage()
@@ -167,6 +170,8 @@ def _drive(gang: Gang, run: TrainRun, reporter: Reporter, measured: MeanRate) ->
         forward.finish()
         raise
     forward.finish()
+    if any(have_left):
+        raise Left
 
 
 class _Forwarder:

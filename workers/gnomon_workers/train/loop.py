@@ -60,10 +60,12 @@ def train(
     *,
     attempt: int,
     observer: Observer,
+    is_last: Callable[[int], bool] = lambda _: False,
     trace: StepProfile | None = None,
-) -> None:
+) -> bool:
     """Make every training's steps, from where it goes on to the last, and leave a checkpoint of each after that.
 
+    is_last(n): whether the step after which n were made is the last one now; returns whether that was before the end.
     steps[i] is that of trainings[i], with its checkpoint loaded. Trainings may differ in all but the batch size, the
     number of steps and how often they report and are saved.
     """
@@ -77,11 +79,15 @@ def train(
         for number in _steps(trainings, steps, source, observer, trace):
             for writer in writers:
                 writer.check()
-            if number % spec.checkpoint_every == 0 or number == spec.n_steps:
+            leaves = is_last(number)
+            if number % spec.checkpoint_every == 0 or number == spec.n_steps or leaves:
                 begin_all(writers, number)
             observer.progress(number, spec.batch_size, force=number == spec.n_steps)
+            if leaves:
+                break
         for writer in writers:
             writer.finish()
+    return number < spec.n_steps
 
 
 def _writer(training: Training, step: TrainStep, attempt: int, observer: Observer) -> CheckpointWriter:

@@ -51,6 +51,7 @@ class TrainRank:
         self._reporter = Reporter()
         self._progressed = time.monotonic()
         self._lock = threading.Lock()
+        self._leave = threading.Event()
         failpoints.arm(rank)
 
     def address(self) -> str:
@@ -71,16 +72,21 @@ class TrainRank:
         self._reporter.acknowledge(after)
         return self._reporter.after(after)
 
+    def leave(self) -> None:
+        """Ask the gang, through its rank 0, to leave a checkpoint soon and stop."""
+        self._leave.set()
+
     @answers
-    def run(self, run: TrainRun, address: str) -> None:
-        """Train to the end."""
+    def run(self, run: TrainRun, address: str) -> bool:
+        """Train to the end, or until the gang is asked to leave; returns whether it has left before the end."""
         with self._lock:
-            self._run(run, address)
+            has_left = self._run(run, address)
             # after an error the group stays: without it the others would fail as well, and might be heard first
             if dist.is_initialized():
                 dist.destroy_process_group()
+            return has_left
 
-    def _run(self, run: TrainRun, address: str) -> None:
+    def _run(self, run: TrainRun, address: str) -> bool:
         failpoints.failpoint(Failpoint.RUN_START)
         plan = run.plan
         device = own_device()
@@ -95,15 +101,17 @@ class TrainRank:
             steps = [self._make_step(training, mesh, sample, device) for training in run.trainings]
             first_step = run.trainings[0].first_step
             n_traced = (plan.spec.profile_steps or 0) if self._rank == 0 else 0
-            train(
+            has_left = train(
                 run.trainings,
                 steps,
                 reader,
                 attempt=run.assignment.attempt,
                 observer=Observer(report=self._report, beat=self._beat),
+                is_last=Departure(meeting, self._leave).is_last,
                 trace=StepProfile(run.profile, n_traced, first_step=first_step, report=self._report),
             )
         failpoints.failpoint(Failpoint.RUN_END)
+        return has_left
 
     def _make_step(
         self, training: Training, mesh: ProcessMesh, sample: np.ndarray[Any, np.dtype[Any]], device: torch.device
@@ -161,6 +169,42 @@ class Meeting:
             while self.store.add(what, 0) < self.n_ranks:
                 time.sleep(0.05)
                 beat()
+
+
+class Departure:
+    """The step after which all ranks of a gang leave, once rank 0 was asked to.
+
+    Rank 0 names a step that none of the others can have reached, and with a place before it where all of them look:
+    the collectives of a step keep ranks within two steps of each other.
+    """
+
+    EVERY: Final = 8
+    """The others look after so many steps: a question to another machine takes a part of a millisecond."""
+
+    def __init__(self, meeting: Meeting, asked: threading.Event) -> None:
+        self._meeting = meeting
+        self._asked = asked
+        self._last_step: int | None = None
+
+    def is_last(self, n_made: int) -> bool:
+        """Whether this is to be the last step, after which n_made were made; the same on every rank."""
+        if self._last_step is None:
+            self._last_step = self._look(n_made)
+        return self._last_step is not None and n_made >= self._last_step
+
+    def _look(self, n_made: int) -> int | None:
+        store, is_asked = self._meeting.store, self._asked.is_set()
+        if store is None:
+            return n_made if is_asked else None
+        if self._meeting.rank == 0:
+            if not is_asked:
+                return None
+            last = (n_made // self.EVERY + 2) * self.EVERY
+            store.set("leave", str(last))
+            return last
+        if n_made % self.EVERY or not store.check(["leave"]):
+            return None
+        return int(store.get("leave"))
 
 
 def join_mesh(plan: TrainPlan, meeting: Meeting, *, device: torch.device) -> ProcessMesh:

@@ -106,7 +106,7 @@ def resolve(assignment: Assignment) -> TrainRun:
         d_out=target.width if target is not None else None,
         rows=rows_of(activations, len(inputs) + (target is not None)),
     )
-    mesh = _mesh_of(choose, before)
+    mesh = _given_mesh(assignment, before) or _mesh_of(choose, before)
     assert assignment.dictionary_id is not None
     ids = dictionary_ids(assignment.dictionary_id, len(names))
     return TrainRun(
@@ -130,6 +130,18 @@ def rows_of(store: ActivationStore, n_hooks: int) -> Rows:
     return Rows(
         n_rows=store.manifest.n_rows, n_bytes_value=2 if store.manifest.dtype == "bfloat16" else 4, n_hooks=n_hooks
     )
+
+
+def _given_mesh(assignment: Assignment, before: Checkpoint | None) -> Mesh | None:
+    """The mesh that the scheduler chose, or that of the last checkpoint on as many devices; None where it chose none.
+
+    A job of a release whose dispatcher chose none may have checkpoints of another mesh, and goes on on the same bits.
+    """
+    if assignment.mesh is None:
+        return None
+    if before is not None and before.dp * len(before.shards) == len(assignment.places):
+        return Mesh(dp=before.dp, features=len(before.shards))
+    return Mesh(dp=assignment.mesh[0], features=assignment.mesh[1])
 
 
 def _mesh_of(choose: Callable[..., Mesh], before: Checkpoint | None) -> Mesh:
