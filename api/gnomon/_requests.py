@@ -23,9 +23,11 @@ from gnomon.resources import (
     JobState,
     NewApiKey,
     Page,
+    ProjectState,
 )
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
 from gnomon.specs.base import explain
+from gnomon.specs.request import JobChange, JobClass
 
 T = TypeVar("T")
 PAGE_SIZE = 100
@@ -35,7 +37,7 @@ PAGE_SIZE = 100
 class Request(Generic[T]):
     """One HTTP request and the reader of its answer."""
 
-    method: Literal["GET", "POST", "DELETE"]
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     parse: Callable[[bytes], T]
     params: Mapping[str, str | int] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class SubmitOptions(TypedDict, total=False):
 
     name: str | None
     priority: int | None
+    job_class: JobClass | None
     max_attempts: int | None
     deadline_s: int | None
     idempotency_key: str | None
@@ -106,6 +109,40 @@ def cancel(job_id: str) -> Request[Job]:
 def resume(job_id: str) -> Request[Job]:
     """POST /v1/jobs/{id}/resume; harmless while the job has not ended."""
     return Request(method="POST", path=_path("jobs", job_id, "resume"), parse=Job.read)
+
+
+def pause(job_id: str) -> Request[Job]:
+    """POST /v1/jobs/{id}/pause; pausing twice is harmless."""
+    return Request(method="POST", path=_path("jobs", job_id, "pause"), parse=Job.read)
+
+
+def change(job_id: str, job_class: JobClass | None, priority: int | None) -> Request[Job]:
+    """PATCH /v1/jobs/{id}; raises InvalidRequest where the values can never be."""
+    try:
+        body = JobChange(job_class=job_class, priority=priority).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from error
+    return Request(method="PATCH", path=_path("jobs", job_id), parse=Job.read, body=body)
+
+
+def changed(job: Job, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a job, with some fields changed."""
+    return _merged(job.spec.model_dump(mode="json"), changes)
+
+
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    new = dict(old)
+    for name, value in changes.items():
+        before = old.get(name)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(before, Mapping)
+            and value.get("kind") in (None, before.get("kind"))
+        ):
+            new[name] = _merged(before, value)
+        else:  # of another kind than before it has other fields
+            new[name] = value
+    return new
 
 
 def jobs(*, state: JobState | None, kind: JobKind | None, limit: int | None) -> Flow[list[Job]]:
@@ -187,6 +224,22 @@ def delete_activations(store_id: str) -> Request[None]:
 def cluster() -> Request[ClusterState]:
     """GET /v1/cluster."""
     return Request(method="GET", path="/v1/cluster", parse=ClusterState.read)
+
+
+def drain(node_id: str | None, *, is_drained: bool) -> Request[ClusterState]:
+    """PATCH /v1/cluster, or that of one of its nodes."""
+    path = _path("cluster") if node_id is None else _path("cluster", "nodes", node_id)
+    return Request(method="PATCH", path=path, parse=ClusterState.read, body={"is_drained": is_drained})
+
+
+def project() -> Request[ProjectState]:
+    """GET /v1/project."""
+    return Request(method="GET", path=_path("project"), parse=ProjectState.read)
+
+
+def hold(*, is_held: bool) -> Request[ProjectState]:
+    """PATCH /v1/project."""
+    return Request(method="PATCH", path=_path("project"), parse=ProjectState.read, body={"is_held": is_held})
 
 
 def _collect(

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gnomon.errors import GnomonError
 from gnomon.events import Logged, StateChanged
-from gnomon.resources import Event, Job
+from gnomon.resources import Event, Job, Remaining
 
 _HINTS = {
     "unauthenticated": "set GNOMON_API_KEY; on the service's host, `gnomon keys create` makes a key",
@@ -123,3 +123,16 @@ def _state_text(told: StateChanged) -> str:
 
 def _short(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def span_text(left: Remaining) -> str:
+    """How long something will still take, with its spread where that is worth a word."""
+    text = duration(left.expected)
+    return text if left.most < 1.25 * left.least else f"{text} ({duration(left.least)} to {duration(left.most)})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "40 s", "12 min", "3.1 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

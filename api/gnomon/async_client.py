@@ -33,9 +33,11 @@ from gnomon.resources import (
     JobKind,
     JobState,
     NewApiKey,
+    ProjectState,
     TrainResult,
 )
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
+from gnomon.specs.request import JobClass
 
 R_co = TypeVar("R_co", bound=JobResult, covariant=True)
 
@@ -110,6 +112,26 @@ class AsyncClient:
         """
         return await self._session.send(_requests.resume(job_id))
 
+    async def pause(self, job_id: str) -> Job:
+        """Let a job wait until it is resumed; one that runs saves what it has. Raises Conflict if it has ended."""
+        return await self._session.send(_requests.pause(job_id))
+
+    async def change(self, job_id: str, *, job_class: JobClass | None = None, priority: int | None = None) -> Job:
+        """Give a job that has not ended another class or priority; raises Conflict where it has."""
+        return await self._session.send(_requests.change(job_id, job_class, priority))
+
+    async def clone(
+        self, job_id: str, changes: Mapping[str, Any], **options: Unpack[SubmitOptions]
+    ) -> AsyncJobHandle[JobResult]:
+        """Queue another job with the spec of one that there is, but for some fields: {"activation": {"k": 64}}, say.
+
+        A mapping changes the fields that it names; any other value replaces what was there. Options as of `submit`.
+        """
+        job = await self._session.send(_requests.job(job_id))
+        return AsyncJobHandle(
+            self, await self._session.send(_requests.submit(_requests.changed(job, changes), options))
+        )
+
     async def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """Events of a job with id > after; with follow=True, also those to come until it ends."""
         if follow:
@@ -156,6 +178,18 @@ class AsyncClient:
     async def cluster(self) -> ClusterState:
         """What the service can run on."""
         return await self._session.send(_requests.cluster())
+
+    async def drain(self, node_id: str | None = None, *, is_drained: bool = True) -> ClusterState:
+        """Start nothing on the cluster and finish what runs, or have all leave one node; is_drained=False ends that."""
+        return await self._session.send(_requests.drain(node_id, is_drained=is_drained))
+
+    async def project(self) -> ProjectState:
+        """What this key's project is owed of the cluster, and may take."""
+        return await self._session.send(_requests.project())
+
+    async def hold(self, *, is_held: bool = True) -> ProjectState:
+        """Start nothing of this project; what runs goes on. is_held=False ends that."""
+        return await self._session.send(_requests.hold(is_held=is_held))
 
     async def _follow(self, cursor: EventCursor) -> AsyncIterator[Event]:
         cursor.begin()
@@ -254,6 +288,11 @@ class AsyncJobHandle(Generic[R_co]):
     async def resume(self) -> Job:
         """Queue the job again, which failed or was cancelled."""
         self.job = await self._client.resume(self.id)
+        return self.job
+
+    async def pause(self) -> Job:
+        """Let the job wait until it is resumed; if it runs, it saves what it has first."""
+        self.job = await self._client.pause(self.id)
         return self.job
 
     def events(self, *, after: int = 0, follow: bool = False) -> AsyncIterator[Event]:

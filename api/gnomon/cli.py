@@ -25,12 +25,15 @@ from gnomon._screen import (
     show_note,
     show_pairs,
     show_table,
+    span_text,
 )
 from gnomon._settings import resolve_settings
+from gnomon._steering_commands import add_commands, show_cluster
 from gnomon.client import Client, JobHandle
 from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.metrics import DictionaryMetrics
 from gnomon.resources import TERMINAL_STATES, Job, JobKind, JobState, TrainResult
+from gnomon.specs.request import JobClass
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -45,6 +48,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys_app, name="keys")
+add_commands(app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many.")]
@@ -100,6 +104,10 @@ def submit(
     file: Annotated[typer.FileText, typer.Argument(help="A spec or a whole request as JSON; - reads standard input.")],
     name: Annotated[str | None, typer.Option(help="A label for people.")] = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    job_class: Annotated[
+        JobClass | None,
+        typer.Option("--class", help="A higher one goes first and preempts; urgent needs scope admin."),
+    ] = None,
     max_attempts: Annotated[int | None, typer.Option(help="Attempts before the job fails.")] = None,
     deadline_s: Annotated[int | None, typer.Option(help="Seconds until the job is failed.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key gives the same job.")] = None,
@@ -116,6 +124,7 @@ def submit(
         request,
         name=name,
         priority=priority,
+        job_class=job_class,
         max_attempts=max_attempts,
         deadline_s=deadline_s,
         idempotency_key=idempotency_key,
@@ -282,14 +291,7 @@ def cluster(ctx: typer.Context, as_json: AsJson = False) -> None:
     if as_json:
         show_json(found)
     else:
-        show_pairs(
-            [
-                ("nodes", found.n_nodes),
-                ("CPUs", f"{found.n_cpus:g}"),
-                ("GPUs", f"{found.n_gpus:g}"),
-                ("seen", moment(found.seen_at) or "never"),
-            ]
-        )
+        show_cluster(found)
 
 
 @app.command(epilog='Example: `eval "$(gnomon env)"`')
@@ -372,6 +374,21 @@ def _read_spec(file: typer.FileText) -> dict[str, Any]:
     return content
 
 
+def _queue_text(found: Job) -> str | None:
+    if found.queue is None:
+        return found.leave_why and f"asked to leave: {found.leave_why}"
+    place = "" if found.queue.position is None else f"place {found.queue.position}: "
+    return f"{place}{found.queue.message}"
+
+
+def _devices_text(found: Job) -> str | None:
+    if not found.n_devices:
+        return None
+    mesh = "" if found.mesh is None else f", mesh {found.mesh[0]} x {found.mesh[1]}"
+    left = "" if found.remaining_s is None else f"; {span_text(found.remaining_s)} left of this phase"
+    return f"{found.n_devices} device{'s' if found.n_devices > 1 else ''}{mesh}{left}"
+
+
 def _show_job(found: Job) -> None:
     result = found.result or {}
     made = read_result(found) if result else None
@@ -384,6 +401,9 @@ def _show_job(found: Job) -> None:
             ("name", found.name),
             ("kind", found.kind),
             ("state", found.state),
+            ("class", f"{found.job_class}, priority {found.priority}"),
+            ("queue", _queue_text(found)),
+            ("runs on", _devices_text(found)),
             ("attempt", f"{found.attempt} of {found.max_attempts}"),
             ("created", moment(found.created_at)),
             ("started", moment(found.started_at)),

@@ -38,9 +38,11 @@ from gnomon.resources import (
     JobKind,
     JobState,
     NewApiKey,
+    ProjectState,
     TrainResult,
 )
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
+from gnomon.specs.request import JobClass
 
 R_co = TypeVar("R_co", bound=JobResult, covariant=True)
 
@@ -127,6 +129,23 @@ class Client:
         """
         return self._session.send(_requests.resume(job_id))
 
+    def pause(self, job_id: str) -> Job:
+        """Let a job wait until it is resumed; one that runs saves what it has. Raises Conflict if it has ended."""
+        return self._session.send(_requests.pause(job_id))
+
+    def change(self, job_id: str, *, job_class: JobClass | None = None, priority: int | None = None) -> Job:
+        """Give a job that has not ended another class or priority; raises Conflict where it has."""
+        return self._session.send(_requests.change(job_id, job_class, priority))
+
+    def clone(self, job_id: str, changes: Mapping[str, Any], **options: Unpack[SubmitOptions]) -> JobHandle[JobResult]:
+        """Queue another job with the spec of one that there is, but for some fields: {"activation": {"k": 64}}, say.
+
+        A mapping changes the fields that it names; any other value replaces what was there. Options as of `submit`.
+        """
+        job = self._session.send(_requests.job(job_id))
+        request = _requests.submit(_requests.changed(job, changes), options)
+        return JobHandle(self, self._session.send(request))
+
     def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:
         """Events of a job with id > after; with follow=True, also those to come until it ends."""
         if follow:
@@ -170,6 +189,18 @@ class Client:
     def cluster(self) -> ClusterState:
         """What the service can run on."""
         return self._session.send(_requests.cluster())
+
+    def drain(self, node_id: str | None = None, *, is_drained: bool = True) -> ClusterState:
+        """Start nothing on the cluster and finish what runs, or have all leave one node; is_drained=False ends that."""
+        return self._session.send(_requests.drain(node_id, is_drained=is_drained))
+
+    def project(self) -> ProjectState:
+        """What this key's project is owed of the cluster, and may take."""
+        return self._session.send(_requests.project())
+
+    def hold(self, *, is_held: bool = True) -> ProjectState:
+        """Start nothing of this project; what runs goes on. is_held=False ends that."""
+        return self._session.send(_requests.hold(is_held=is_held))
 
     def _follow(self, cursor: EventCursor) -> Iterator[Event]:
         cursor.begin()
@@ -272,6 +303,11 @@ class JobHandle(Generic[R_co]):
     def resume(self) -> Job:
         """Queue the job again, which failed or was cancelled."""
         self.job = self._client.resume(self.id)
+        return self.job
+
+    def pause(self) -> Job:
+        """Let the job wait until it is resumed; if it runs, it saves what it has first."""
+        self.job = self._client.pause(self.id)
         return self.job
 
     def events(self, *, after: int = 0, follow: bool = False) -> Iterator[Event]:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 import gnomon
 from gnomon_service.db.engine import Database
+from gnomon_service.jobs.steering import Steering
 from gnomon_service.jobs.submission import Queue
 from gnomon_service.planning.inspector import Inspector
 from gnomon_service.rest.body_limits import BodyLimits
@@ -17,7 +18,7 @@ from gnomon_service.rest.key_gate import KeyGate
 from gnomon_service.rest.metrics import Metrics, RequestMetrics
 from gnomon_service.rest.problems import add_problem_handlers
 from gnomon_service.rest.rate_limits import RateLimits
-from gnomon_service.rest.routes import activations, cluster, dictionaries, health, jobs, keys, plans
+from gnomon_service.rest.routes import activations, cluster, dictionaries, health, jobs, keys, plans, project
 from gnomon_service.settings import Settings
 from gnomon_service.storage_root import make_storage_root
 from gnomon_service.tenancy.keys import Keys
@@ -33,6 +34,7 @@ def make_app(settings: Settings) -> FastAPI:
         settings=settings,
         database=database,
         queue=Queue(database, project_root=settings.project_root),
+        steering=Steering(database),
         keys=Keys(database),
         inspector=Inspector(answer_s=settings.reading_s),
     )
@@ -57,7 +59,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.state.submits = jobs.limit_submits()
     app.state.dispatcher_check = health.Check()
     app.state.store_check = health.Check()
-    for routes in (jobs, plans, activations, dictionaries, keys, cluster, health):
+    for routes in (project, jobs, plans, activations, dictionaries, keys, cluster, health):
         app.include_router(routes.router)
     add_problem_handlers(app)
     # The last one added is the first one passed: count, then authenticate, then read the body.

@@ -15,7 +15,7 @@ from gnomon_service.dispatch.deciding import Scheduler
 from gnomon_service.dispatch.loop import Dispatcher
 from gnomon_service.jobs.held import Placement
 from gnomon_service.settings import Settings
-from gnomon_workers.runtime.protocol import Cluster
+from gnomon_workers.runtime.protocol import Cluster, NodeSnapshot
 from tests.support.service_cluster import MemoryCluster
 from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench
 
@@ -68,13 +68,17 @@ def test_a_job_runs_to_its_end_and_leaves_nothing_on_the_cluster(scene: Scene) -
     assert scene.cluster.attempts == {}
 
 
-def test_only_as_many_jobs_run_at_once_as_the_settings_say(scene: Scene) -> None:
-    for number in (1, 2):
-        scene.bench.submit(store=number)
+def test_as_many_jobs_run_at_once_as_there_is_room_for(scene: Scene) -> None:
+    scene.cluster.nodes = (NodeSnapshot(id="n", name="node", n_cpus=1, n_gpus=0),)
+    first, second = (scene.bench.submit(store=number) for number in (1, 2))
     scene.turn(2)
     assert len(scene.cluster.attempts) == 1
+    place = scene.bench.job(second.id).queue
+    assert place is not None
+    assert (place.position, place.code) == (1, "no_room")
+    assert place.message.startswith(f"needs 1 core, 0 free of 1; {first.id} holds the rest")
     scene.cluster.only.end("succeeded", STORE_RESULT)
-    scene.turn(2)
+    scene.turn(3)
     assert scene.cluster.n_started == 2
 
 

@@ -29,7 +29,16 @@ from gnomon.specs.harvest import (
     Packing,
     TextSource,
 )
-from gnomon.specs.request import AnySpec, JobRequest, JobSpec, UnknownSpec
+from gnomon.specs.request import (
+    AnySpec,
+    ClusterChange,
+    JobChange,
+    JobClass,
+    JobRequest,
+    JobSpec,
+    ProjectChange,
+    UnknownSpec,
+)
 from gnomon.specs.train import Adam, Alignment, Mesh, Schedule, StoredActivations, TrainSpec, TrainVariant, check_shape
 
 __all__ = [
@@ -41,6 +50,7 @@ __all__ = [
     "AnySpec",
     "AuxK",
     "BatchTopK",
+    "ClusterChange",
     "ConcatPacking",
     "DictionaryId",
     "Document",
@@ -52,6 +62,8 @@ __all__ = [
     "Gated",
     "HarvestSpec",
     "HookName",
+    "JobChange",
+    "JobClass",
     "JobId",
     "JobRequest",
     "JobSpec",
@@ -61,6 +73,7 @@ __all__ = [
     "ModelSource",
     "PAnneal",
     "Packing",
+    "ProjectChange",
     "ReLU",
     "Schedule",
     "Spec",

@@ -74,3 +74,17 @@ class JobChange(Spec):
 
     job_class: JobClass | None = None
     priority: Priority | None = None
+
+
+class ProjectChange(Spec):
+    """Body of PATCH /v1/project."""
+
+    is_held: bool
+    """Whether nothing of the project is to be started."""
+
+
+class ClusterChange(Spec):
+    """Body of PATCH /v1/cluster and of PATCH /v1/cluster/nodes/{id}."""
+
+    is_drained: bool
+    """Whether nothing is to be started there."""

@@ -51,7 +51,7 @@ def retries(in_s: float) -> Reason:
 
 def paused(by: str) -> Reason:
     """Somebody has paused it."""
-    return Reason("paused", f"paused by {by}; `gnomon unpause` lets it go on")
+    return Reason("paused", f"paused by {by}; `gnomon resume` lets it go on")
 
 
 def held(project: str, by: str) -> Reason:
@@ -80,9 +80,9 @@ def too_large(ask: Ask, empty: Room, what: str) -> Reason:
     most = max(empty.by_node().values(), default=0)
     if smallest.n_devices <= empty.n_devices:
         times = f", {smallest.n_groups} times" if smallest.n_groups > 1 else ""
-        text = f"needs {smallest.group_size} {what} on one node{times}; no node has more than {most}"
+        text = f"needs {_count(smallest.group_size, what)} on one node{times}; no node has more than {most}"
     else:
-        text = f"needs {smallest.n_devices} {what}; the cluster has {empty.n_devices} on which may be started"
+        text = f"needs {_count(smallest.n_devices, what)}; the cluster has {empty.n_devices} on which may be started"
     return Reason("too_large", text)
 
 
@@ -103,7 +103,7 @@ def no_room(
 ) -> Reason:
     """Others hold what it needs, or what is free is promised to another."""
     least = min(shape.n_devices for shape in ask.shapes)
-    text = f"needs {least} {what}, {n_free} free of {n_devices}"
+    text = f"needs {_count(least, what)}, {n_free} free of {n_devices}"
     if behind is not None and n_free >= least:
         return Reason("behind", f"{text}, which are kept for job {behind} ahead of it")
     if holders:
@@ -123,6 +123,10 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what.removesuffix('s') if n == 1 else what}"
 
 
 def _names(job_ids: Sequence[str]) -> str:

@@ -7,8 +7,11 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
 
+from gnomon.errors import Forbidden
+from gnomon.specs.request import JobClass
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import MAX_PAGE
+from gnomon_service.jobs.steering import Steering
 from gnomon_service.jobs.submission import Queue
 from gnomon_service.planning.inspector import Inspector
 from gnomon_service.settings import Settings
@@ -22,6 +25,7 @@ class Services:
     settings: Settings
     database: Database
     queue: Queue
+    steering: Steering
     keys: Keys
     inspector: Inspector
 
@@ -51,6 +55,16 @@ def _writer(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
 def _admin(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
     principal.require("admin")
     return principal
+
+
+def check_class(job_class: JobClass | None, principal: Principal) -> None:
+    """Raise Forbidden, "class_not_allowed", where the key may not ask for a class: it would preempt all others."""
+    if job_class == "urgent" and "admin" not in principal.scopes:
+        raise Forbidden(
+            f"job_class 'urgent' needs a key of scope 'admin'; key {principal.key_id!r} has "
+            f"{', '.join(sorted(principal.scopes))}: leave it at 'normal', or ask an admin to raise the job's class",
+            code="class_not_allowed",
+        )
 
 
 ServicesDep = Annotated[Services, Depends(_services)]

@@ -35,6 +35,13 @@ class Principal:
     key_id: str
     project: str
     scopes: frozenset[str]
+    label: str = ""
+    """The key's name, given by people."""
+
+    @property
+    def name(self) -> str:
+        """How others are told who it was: the key's name and id."""
+        return f"{self.label} ({self.key_id})" if self.label else self.key_id
 
     def require(self, scope: Scope) -> None:
         """Raise Forbidden if the key lacks a scope; admin implies all, write implies read."""
@@ -102,7 +109,8 @@ class Keys:
             )
         if row["is_expired"]:
             raise Unauthenticated(f"API key {row['id']!r} has expired; make a new one", code="expired_key")
-        return Principal(key_id=row["id"], project=row["project"], scopes=frozenset(row["scopes"]))
+        scopes = frozenset(row["scopes"])
+        return Principal(key_id=row["id"], project=row["project"], scopes=scopes, label=row["name"][:80])
 
     def is_valid(self, key_id: str) -> bool:
         """Whether a key that was right before still is: neither revoked nor expired."""

@@ -12,9 +12,10 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.resources import Event, Job, JobKind, JobState, Page
 from gnomon.specs import JobRequest
+from gnomon.specs.request import JobChange
 from gnomon_service.db import reads
 from gnomon_service.planning.admission import admit
-from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, Services, ServicesDep, Writer
+from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, Services, ServicesDep, Writer, check_class
 from gnomon_service.rest.event_stream import EventStream
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ async def submit_job(
     503, code "still_reading", where a model or text is so large that the first look at it takes longer than a request
     waits: the same request joins the same look.
     """
+    check_class(body.job_class, principal)
     job = await run_check(request, partial(_submit, body, principal.project, services, idempotency_key))
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
@@ -111,8 +113,21 @@ def cancel_job(job_id: Id, principal: Writer, services: ServicesDep) -> Job:
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: Id, principal: Writer, services: ServicesDep) -> Job:
-    """Queue a job again that failed or was cancelled; it goes on from its last checkpoint or segment."""
+    """Let a paused job go on, or queue one again that failed or was cancelled: from its last checkpoint or segment."""
     return services.queue.resume(principal.project, job_id)
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: Id, principal: Writer, services: ServicesDep) -> Job:
+    """Let a job wait until it is resumed; one that runs saves what it has and leaves, which costs it no attempt."""
+    return services.steering.pause(principal.project, job_id, by=principal.name)
+
+
+@router.patch("/{job_id}")
+def change_job(job_id: Id, change: JobChange, principal: Writer, services: ServicesDep) -> Job:
+    """Give a job that has not ended another class or priority, and with it the harvest that was made for it."""
+    check_class(change.job_class, principal)
+    return services.steering.change(principal.project, job_id, change)
 
 
 @router.get("/{job_id}/events", response_model=Page[Event])
