@@ -184,6 +184,24 @@ def revoke_key(
     database.close()
 
 
+@db_app.command("set-project", epilog="Example: `gnomon db set-project lab --weight 2 --max-jobs 4 --max-devices 8`")
+def set_project(
+    name: Annotated[str, typer.Argument(help="Name of a project, as its keys have it.")],
+    weight: Annotated[float | None, typer.Option(min=0.001, max=1000, help="Its share; 1 at first.")] = None,
+    max_jobs: Annotated[int | None, typer.Option(min=0, help="Jobs that may run at once; 0 = any number.")] = None,
+    max_devices: Annotated[int | None, typer.Option(min=0, help="Devices that they may hold; 0 = any number.")] = None,
+    home: Home = None,
+) -> None:
+    """Set what a project is owed of the cluster and may take, and print it."""
+    from gnomon_service.jobs.steering import Steering
+
+    _, database = _open_database(home)
+    steering = Steering(database)
+    found = steering.set_project(name, weight=weight, n_jobs_most=max_jobs, n_devices_most=max_devices)
+    database.close()
+    typer.echo(found.model_dump_json())
+
+
 @db_app.command("upgrade")
 def upgrade_database(home: Home = None) -> None:
     """Bring the database's schema up to date; the service does this by itself when it starts."""

@@ -143,6 +143,11 @@ def test_keys_are_stored_as_hashes_only(service: Service) -> None:
         ("write", "GET", "/v1/cluster", 200),
         ("write", "POST", "/v1/keys", 403),
         ("admin", "GET", "/v1/keys", 200),
+        ("read", "POST", "/v1/jobs/job_" + "0" * 26 + "/pause", 403),
+        ("read", "GET", "/v1/project", 200),
+        ("write", "PATCH", "/v1/project", 403),
+        ("write", "PATCH", "/v1/cluster", 403),
+        ("write", "PATCH", "/v1/cluster/nodes/n", 403),
     ],
 )
 def test_scopes(service: Service, scope: Any, method: str, path: str, expected: int) -> None:
@@ -163,7 +168,9 @@ def test_what_another_project_has_looks_absent(service: Service) -> None:
         assert foreign.status_code == absent.status_code == 404
         assert foreign.text.replace(row_id, "") == absent.text.replace(none[kind], "")
         assert other.get(f"/v1/{kind}").json()["items"] == []
-    assert other.post(f"/v1/jobs/{job.id}/cancel").status_code == 404
+    for verb in ("cancel", "pause", "resume"):
+        assert other.post(f"/v1/jobs/{job.id}/{verb}").status_code == 404
+    assert other.patch(f"/v1/jobs/{job.id}", json={"priority": 1}).status_code == 404
     assert other.get(f"/v1/jobs/{job.id}/events").status_code == 404
     assert other.get(f"/v1/dictionaries/{dictionary}/files/cfg.json").status_code == 404
     assert other.delete(f"/v1/keys/{service.key.split('_')[1]}").status_code == 404
@@ -194,6 +201,47 @@ def test_training_makes_its_harvest(service: Service) -> None:
     assert job.depends_on == (store["job_id"],)
     assert store["state"] == "harvesting"
     assert store["location"] == f"file://{service.settings.home}/store/projects/default/activations/{store['id']}"
+
+
+def test_a_job_is_paused_changed_and_resumed(service: Service) -> None:
+    client = service.client()
+    job = service.submit(service.harvest())
+    paused = client.post(f"/v1/jobs/{job.id}/pause").json()
+    assert (paused["state"], paused["paused_by"].split(" ")[-1]) == ("queued", f"({service.key.split('_')[1]})")
+    changed = client.patch(f"/v1/jobs/{job.id}", json={"job_class": "spare", "priority": -5}).json()
+    assert (changed["job_class"], changed["priority"]) == ("spare", -5)
+    assert client.post(f"/v1/jobs/{job.id}/resume").json()["paused_by"] is None
+    client.post(f"/v1/jobs/{job.id}/cancel")
+    expect_problem(client.post(f"/v1/jobs/{job.id}/pause"), 409, "job_ended")
+    expect_problem(client.patch(f"/v1/jobs/{job.id}", json={"priority": 1}), 409, "job_ended")
+
+
+@pytest.mark.parametrize("change", [{"priority": 101}, {"job_class": "now"}, {"colour": 1}])
+def test_a_change_that_can_never_be_changes_nothing(service: Service, change: dict[str, Any]) -> None:
+    job = service.submit(service.harvest())
+    assert service.client().patch(f"/v1/jobs/{job.id}", json=change).status_code == 422
+    assert service.client().get(f"/v1/jobs/{job.id}").json()["priority"] == 0
+
+
+def test_urgent_needs_an_admin(service: Service) -> None:
+    client = service.client(service.new_key(scopes=("write",)))
+    expect_problem(
+        client.post("/v1/jobs", json={"spec": service.harvest(), "job_class": "urgent"}), 403, "class_not_allowed"
+    )
+    assert service.count_jobs() == 0
+    job = service.submit(service.harvest())
+    expect_problem(client.patch(f"/v1/jobs/{job.id}", json={"job_class": "urgent"}), 403, "class_not_allowed")
+    assert service.client().patch(f"/v1/jobs/{job.id}", json={"job_class": "urgent"}).status_code == 200
+
+
+def test_a_project_is_held_and_the_cluster_drained(service: Service) -> None:
+    client = service.client()
+    assert client.get("/v1/project").json()["held_by"] is None
+    assert client.patch("/v1/project", json={"is_held": True}).json()["held_by"]
+    assert client.patch("/v1/project", json={"is_held": False}).json()["held_by"] is None
+    assert client.patch("/v1/cluster", json={"is_drained": True}).json()["drained_by"]
+    assert client.patch("/v1/cluster", json={"is_drained": False}).json()["drained_by"] is None
+    expect_problem(client.patch("/v1/cluster/nodes/none", json={"is_drained": True}), 404, "node_not_found")
 
 
 def test_idempotency_key(service: Service) -> None:

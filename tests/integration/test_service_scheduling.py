@@ -86,7 +86,7 @@ def test_small_jobs_run_around_a_large_one_that_waits(scene: Steered) -> None:
     assert scene.reason(large)[0] == "no_room"
     assert scene.reason(small) == (
         "behind",
-        f"needs 1 cores, 1 free of 4, which are kept for job {large.id} ahead of it",
+        f"needs 1 core, 1 free of 4, which are kept for job {large.id} ahead of it",
     )
     scene.attempt(running).end("failed", code="x", message="y")
     scene.turn(3)
@@ -163,13 +163,10 @@ def test_what_has_ended_is_neither_paused_nor_changed(scene: Steered) -> None:
     job = scene.train()
     scene.bench.queue.cancel(PROJECT, job.id)
     before = (scene.bench.job(job.id), scene.bench.events(job.id))
-    for call in (
-        lambda: scene.steering.pause(PROJECT, job.id, by=BY),
-        lambda: scene.steering.change(PROJECT, job.id, JobChange(priority=3)),
-    ):
-        with pytest.raises(Conflict, match="has ended as cancelled") as caught:
-            call()
-        assert caught.value.code == "job_ended"
+    with pytest.raises(Conflict, match="has ended as cancelled and cannot be paused"):
+        scene.steering.pause(PROJECT, job.id, by=BY)
+    with pytest.raises(Conflict, match="has ended as cancelled and cannot be changed"):
+        scene.steering.change(PROJECT, job.id, JobChange(priority=3))
     with pytest.raises(NotFound):
         scene.steering.pause("another", job.id, by=BY)
     assert (scene.bench.job(job.id), scene.bench.events(job.id)) == before
@@ -293,3 +290,25 @@ def test_the_remaining_time_is_told_with_its_spread(scene: Steered) -> None:
     left = scene.bench.job(job.id).remaining_s
     assert left is not None
     assert (left.expected, left.least, left.most) == (50.0, 25.0, 100.0)
+
+
+def test_a_quota_is_kept_and_never_set_below_what_runs(scene: Steered) -> None:
+    one, two = scene.train(), scene.train()
+    scene.steering.set_project(PROJECT, weight=None, n_jobs_most=1, n_devices_most=None)
+    scene.turn(2)
+    assert scene.runs(one)
+    assert scene.reason(two) == ("quota", "quota of project default: 1 of 1 running")
+    scene.steering.set_project(PROJECT, weight=2.0, n_jobs_most=0, n_devices_most=None)
+    scene.turn(2)
+    assert scene.runs(two)
+    for quotas in ({"n_jobs_most": 1, "n_devices_most": None}, {"n_jobs_most": None, "n_devices_most": 1}):
+        with pytest.raises(Conflict, match="has 2 ") as caught:
+            scene.steering.set_project(PROJECT, weight=None, **quotas)
+        assert caught.value.code == "quota_below_use"
+    with scene.bench.database.read() as connection:
+        assert read_project(connection, PROJECT).model_dump(exclude={"name"}) == {
+            "weight": 2.0,
+            "n_jobs_most": None,
+            "n_devices_most": None,
+            "held_by": None,
+        }

@@ -17,7 +17,7 @@ import typer.main
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from gnomon import cli
+from gnomon import _steering_commands, cli
 from gnomon_service import commands
 from tests.support.sdk_server import (
     HARVEST,
@@ -50,7 +50,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run_line(line: str, *answers: Any) -> tuple[int, str, str]:
         script = Script(*answers)
-        monkeypatch.setattr(cli, "Client", lambda _: client_of(script))
+        for module in (cli, _steering_commands):
+            monkeypatch.setattr(module, "Client", lambda _: client_of(script))
         code = cli.run(line.split())
         assert script.is_over
         captured = capsys.readouterr()
@@ -219,6 +220,80 @@ def test_key_is_issued_and_revoked(run: Run) -> None:
     made = {"id": "k1", "name": "n", "scopes": ["read"], "created_at": NOW, "key": "gnm_k1_secret"}
     assert run("keys issue n --scope read", answer(made, 201))[1] == "gnm_k1_secret\n"
     assert "k1 is revoked" in run("keys revoke k1", httpx2.Response(204))[1]
+
+
+NODE = {"id": "f0", "name": "host-a", "n_cpus": 8, "n_gpus": 2, "memory_bytes": 2**35, "drained_by": None}
+CLUSTER = {"seen_at": NOW, "n_cpus": 8, "n_gpus": 2, "n_nodes": 1, "nodes": [NODE]}
+
+
+def test_a_job_that_waits_says_where_and_why(run: Run) -> None:
+    place = {"position": 2, "ahead": ["job_x"], "code": "no_room", "message": "needs 4 GPUs, 2 free of 8"}
+    code, out, _ = run(f"job {JOB_ID}", answer(job(queue=place, job_class="spare", priority=3)))
+    assert code == 0
+    assert "place 2: needs 4 GPUs, 2 free of 8" in out
+    assert "spare, priority 3" in out
+
+
+def test_a_job_that_runs_says_on_what_and_how_long_still(run: Run) -> None:
+    left = {"expected": 600.0, "least": 480.0, "most": 1200.0}
+    _, out, _ = run(f"job {JOB_ID}", answer(job(state="running", n_devices=4, mesh=[1, 4], remaining_s=left)))
+    assert "4 devices, mesh 1 x 4; 10 min (8 min to 20 min) left of this phase" in out
+    _, out, _ = run(f"job {JOB_ID}", answer(job(state="running", leave_why="paused by ann")))
+    assert "asked to leave: paused by ann" in out
+
+
+def test_pause_says_what_comes_next(run: Run) -> None:
+    code, out, _ = run(f"pause {JOB_ID}", answer(job(paused_by="me")))
+    assert (code, out) == (0, f"{JOB_ID} is paused; `gnomon resume {JOB_ID}` lets it go on\n")
+    _, out, _ = run(f"pause {JOB_ID}", answer(job(state="running", paused_by="me")))
+    assert out.startswith(f"{JOB_ID} saves what it has, and is then paused")
+    code, _, err = run(f"pause {JOB_ID}", problem(409, "job_ended", "job has ended as failed and cannot be paused"))
+    assert code == 1
+    assert "has ended as failed" in err
+
+
+def test_change_sends_what_is_given(run: Run) -> None:
+    code, out, _ = run(f"change {JOB_ID} --class spare", answer(job(job_class="spare")))
+    assert (code, out) == (0, f"{JOB_ID} is of class spare and priority 0\n")
+    code, _, err = run(f"change {JOB_ID}")
+    assert code == 1
+    assert "give --class or --priority" in err
+
+
+def test_clone_changes_fields_of_the_spec(run: Run) -> None:
+    sent: list[Any] = []
+
+    def submit(request: httpx2.Request) -> httpx2.Response:
+        sent.append(json.loads(request.content)["spec"])
+        return answer(job(), 201)
+
+    code, out, _ = run(f"clone {JOB_ID} --set model.dtype=float32 --set token_budget=8192", answer(job()), submit)
+    assert (code, out) == (0, f"{JOB_ID}\n")
+    assert (sent[0]["model"]["source"], sent[0]["model"]["dtype"]) == ("/models/tiny", "float32")
+    assert (sent[0]["token_budget"], sent[0]["hooks"]) == (8192, HARVEST["hooks"])
+    code, _, err = run(f"clone {JOB_ID} --set k")
+    assert code == 1
+    assert "FIELD=VALUE" in err
+
+
+def test_hold_and_drain_say_how_things_are_now(run: Run) -> None:
+    _, out, _ = run("hold", answer({"name": "p", "held_by": "ann (k)"}))
+    assert out == "project p is held by ann (k): nothing of it is started\n"
+    _, out, _ = run("hold --off", answer({"name": "p"}))
+    assert out == "project p is not held\n"
+    _, out, _ = run("drain", answer(CLUSTER | {"drained_by": "ann (k)"}))
+    assert "ann (k)" in out
+
+
+def test_a_node_is_drained_by_name_or_id(run: Run) -> None:
+    drained = CLUSTER | {"nodes": [NODE | {"drained_by": "ann (k)"}]}
+    for name in ("f0", "host-a"):
+        code, out, _ = run(f"drain --node {name}", answer(CLUSTER), answer(drained))
+        assert code == 0
+        assert "32 GiB" in out
+    code, _, err = run("drain --node elsewhere", answer(CLUSTER))
+    assert code == 1
+    assert "f0 (host-a)" in err
 
 
 def test_cluster_is_shown(run: Run) -> None:

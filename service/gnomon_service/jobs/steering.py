@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from gnomon.errors import Conflict, NotFound
 from gnomon.events import Logged
-from gnomon.resources import TERMINAL_STATES, Job
+from gnomon.resources import TERMINAL_STATES, Job, ProjectState
 from gnomon.specs.request import JobChange
 from gnomon_service.db.engine import Database
-from gnomon_service.db.reads import read_job
+from gnomon_service.db.reads import read_job, read_project
 from gnomon_service.db.tables import cluster, jobs, nodes, projects
 from gnomon_service.jobs.transitions import add_events, as_row
 
@@ -57,6 +58,24 @@ class Steering:
             if not connection.execute(update(projects).where(projects.c.name == project).values(held_by=by)).rowcount:
                 connection.execute(insert(projects).values(name=project, held_by=by))
 
+    def set_project(
+        self, project: str, *, weight: float | None, n_jobs_most: int | None, n_devices_most: int | None
+    ) -> ProjectState:
+        """Give a project a weight, or quotas, 0 for none; what is None stays as it is.
+
+        Raises Conflict, "quota_below_use", where it has more by now.
+        """
+        quotas = {"n_jobs_most": n_jobs_most, "n_devices_most": n_devices_most}
+        values: dict[str, Any] = {name: n or None for name, n in quotas.items() if n is not None}
+        values |= {} if weight is None else {"weight": weight}
+        with self._database.write() as connection:
+            _check_use(connection, project, values)
+            if values:
+                mine = update(projects).where(projects.c.name == project)
+                if not connection.execute(mine.values(values)).rowcount:
+                    connection.execute(insert(projects).values(name=project, **values))
+            return read_project(connection, project)
+
     def drain(self, *, by: str | None) -> None:
         """Start nothing on the cluster, or, where nobody drains it, everything again; what runs is finished."""
         with self._database.write() as connection:
@@ -73,6 +92,21 @@ class Steering:
 def end_pause(connection: Connection, row: RowMapping) -> None:
     """Let a paused job be started again; one that has not left yet still does, and comes back."""
     add_events(connection, jobs.c.id == row["id"], [as_row(Logged(message="resumed by the user"))], paused_by=None)
+
+
+def _check_use(connection: Connection, project: str, quotas: Mapping[str, Any]) -> None:
+    """Raise Conflict where a project has more than it is to have at most."""
+    held = select(jobs.c.places).where(jobs.c.project == project, jobs.c.state.in_(_HELD))
+    places = connection.execute(held).scalars().all()
+    use = {"n_jobs_most": len(places), "n_devices_most": sum(len(each or ()) for each in places)}
+    for name, n in use.items():
+        most = quotas.get(name)
+        if most is not None and n > most:
+            raise Conflict(
+                f"project {project!r} has {n} {name.split('_')[1]}, more than the {most} that it is to have at most; "
+                "pause some, or wait until they are done",
+                code="quota_below_use",
+            )
 
 
 def _live_row(connection: Connection, project: str, job_id: str, what: str) -> RowMapping:
