@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     poll_s: Annotated[float, Field(gt=0)] = 0.5
     """Seconds between two looks at the queue and at running jobs."""
     max_running_jobs: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Jobs that one dispatcher runs at once; a mesh of "auto" takes the whole cluster, so one by default."""
+    """Jobs that one dispatcher runs at once; a mesh of "auto" may take the whole cluster, so one by default."""
     retry_base_s: Annotated[float, Field(ge=0)] = 1.0
     """Pause before the second attempt; doubles with every attempt."""
     retry_cap_s: Annotated[float, Field(ge=0)] = 60.0
