@@ -348,6 +348,24 @@ def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path)
     assert json.loads(host("db", "list-keys"))["revoked_at"] is not None
 
 
+@pytest.mark.parametrize(
+    ("kind", "run_on", "words"),
+    [
+        (
+            "train",
+            {"mesh": {"dp": 1, "features": 2}, "device": "cpu", "d_in": 16, "tokens_per_s": 7070.4},
+            "1 x 2 of cpu, 7,070 tokens/s",
+        ),
+        ("harvest", {"n_workers": 3, "device": "gpu", "n_parameters": 9}, "3 of gpu"),
+    ],
+)
+def test_a_finished_job_says_what_it_ran_on(run: Run, kind: str, run_on: dict[str, Any], words: str) -> None:
+    trained = {"dictionary_id": "dict_" + "0" * 26, "store_id": "act_" + "0" * 32, "n_steps": 1, "metrics": {}}
+    result = (trained if kind == "train" else HARVEST_RESULT) | {"run": run_on}
+    code, out, _ = run(f"job {JOB_ID}", answer(job(kind=kind, state="succeeded", result=result)))
+    assert code == 0 and words in out and "n_parameters" not in out
+
+
 def planned(**changes: Any) -> dict[str, Any]:
     """A plan as the service sends it."""
     training = {"tokens_per_s": 7070.0, "hours": 39.3, "error": 0.1, "n_jobs": 3, "device_hours": 78.6, "cost": 12.5}

@@ -81,7 +81,7 @@ class TrainJob:
             is_transcoder=d_out is not None,
             d_sae=spec.resolve_d_sae(d_in),
             device=device,
-            rows=rows or Rows(n_rows=UNKNOWN_ROWS, n_hooks=len(spec.hook_names or ("",))),
+            rows=rows or Rows(n_rows=UNKNOWN_ROWS, n_hooks=len(spec.hook_names or ("",)) + (d_out is not None)),
         )
 
     def with_rows(self, rows: Rows) -> Self:
