@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gnomon.errors import GnomonError
 from gnomon.events import Logged, StateChanged
-from gnomon.resources import Event, Job, Remaining
+from gnomon.resources import Event, HarvestedOn, HarvestResult, Job, Remaining, TrainedOn, TrainResult
 
 _HINTS = {
     "unauthenticated": "set GNOMON_API_KEY; on the service's host, `gnomon keys create` makes a key",
@@ -99,6 +99,17 @@ def progress_text(job: Job) -> str:
     if not progress.total:
         return f"{progress.phase} {progress.done:,} {progress.unit}"
     return f"{progress.phase} {progress.done / progress.total:.0%}"
+
+
+def ran_on_text(result: object) -> str:
+    """What the last attempt at a job ran on, and how fast, where its result says so."""
+    match result:
+        case TrainResult(run=TrainedOn() as ran):
+            return f"{ran.mesh.dp} x {ran.mesh.features} of {ran.device}, {ran.tokens_per_s:,.0f} tokens/s"
+        case HarvestResult(run=HarvestedOn() as ran):
+            return f"{ran.n_workers} of {ran.device}"
+        case _:
+            return ""
 
 
 def event_text(event: Event) -> str:

@@ -19,6 +19,7 @@ from gnomon._screen import (
     event_text,
     moment,
     progress_text,
+    ran_on_text,
     show_error,
     show_json,
     show_line,
@@ -411,7 +412,8 @@ def _show_job(found: Job) -> None:
             ("waits for", ", ".join(found.depends_on)),
             ("progress", progress_text(found)),
             ("error", f"{found.error.message} ({found.error.code})" if found.error else None),
-            *((name, value) for name, value in result.items() if name not in ("metrics", "dictionaries")),
+            *((name, value) for name, value in result.items() if name not in ("metrics", "dictionaries", "run")),
+            ("ran on", ran_on_text(made)),
             *((result.get("metrics") or {}).items()),
         ]
     )

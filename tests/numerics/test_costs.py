@@ -25,16 +25,18 @@ from gnomon.specs import (
     TopK,
     TrainSpec,
 )
+from gnomon_storage import shuffle
 from gnomon_storage.location import Location
 from gnomon_workers.dictionaries.weights import write_weights
 from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.sae import memory
 from gnomon_workers.sae.costs import TrainJob, check_fits, checkpoint_bytes, choose_mesh, dictionary_bytes, n_ranks, pay
 from gnomon_workers.sae.memory import Rows, kept_bytes, rank_memory, touched_rows
 from gnomon_workers.sae.optimizer import AdamState, owned_rows
 from gnomon_workers.sae.parameters import make_parameters
 from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.sae.speeds import sent_bytes
-from gnomon_workers.sae.variants import make_variant
+from gnomon_workers.sae.variants import dense, make_variant
 from gnomon_workers.train.saving import save_checkpoint
 from gnomon_workers.train.state import state_tensors
 from gnomon_workers.train.step import TrainStep
@@ -124,6 +126,14 @@ def test_a_rounded_encoder_is_half_as_wide_and_has_a_copy_of_its_weights() -> No
     assert kept["pre_activations"] == n_bytes(encoder._hidden_pre, encoder._copy)
 
 
+def test_constants_that_are_said_twice_are_equal() -> None:
+    """What costs are told by is written without torch and storage, and beside what it is of."""
+    assert memory.BUFFER_BYTES == shuffle.BUFFER_BYTES
+    assert {"cpu": dense.BLOCK_BYTES["cpu"], "gpu": dense.BLOCK_BYTES["cuda"]} == memory.BLOCK_BYTES
+    shares = dense.DENSE_SHARE[torch.float32], dense.DENSE_SHARE[torch.bfloat16]
+    assert shares == (memory.DENSE_SHARE, memory.DENSE_SHARE / 2)
+
+
 def test_few_picks_touch_few_features() -> None:
     few = plan_of(d_sae=4096, batch_size=32, activation=TopK(k=2)).shape
     many = plan_of(d_sae=4096, batch_size=4096, token_budget=4096 * 10, activation=TopK(k=64)).shape
@@ -181,6 +191,16 @@ def test_a_small_dictionary_is_not_spread() -> None:
     small = spec_of(d_sae=64, batch_size=64, token_budget=6400)
     assert choose_mesh(small, 16, 64, None) == Mesh()
     assert pay(TrainJob.of(small, 16), 64, None).why == "on more ranks none is faster"
+
+
+def test_of_very_many_meshes_sizes_are_left_out_and_the_ends_kept() -> None:
+    job = TrainJob.of(spec_of(d_sae=720_720, batch_size=55_440, token_budget=10**7), 64)
+    meshes = job.meshes(512)
+    assert 100 < len(meshes) <= 300
+    assert meshes[0] == Mesh() and n_ranks(meshes[-1]) > 500 and meshes == sorted(meshes, key=n_ranks)
+    assert len(job.meshes(64)) == sum(
+        55_440 % dp == 0 == 720_720 % features for dp in range(1, 65) for features in range(1, 64 // dp + 1)
+    )
 
 
 def test_a_mesh_that_is_given_is_taken() -> None:

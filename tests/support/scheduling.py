@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gnomon_service.dispatch.decisions import Decisions, Gang
 from gnomon_service.dispatch.order import Ask, Share
-from gnomon_service.dispatch.room import Node, Room, Shape
+from gnomon_service.dispatch.room import Node, FreeDevices, Shape
 from gnomon_service.dispatch.scheduling import decide
 
 LEAVE_S = 5.0
@@ -237,7 +237,7 @@ def random_cluster(draw: random.Random) -> list[Node]:
 def random_jobs(draw: random.Random, nodes: Sequence[Node], n: int) -> list[Job]:
     """Jobs that the cluster can hold, of three projects, of which some are elastic and some are badly guessed."""
     jobs: list[Job] = []
-    empty = Room.of(nodes)
+    empty = FreeDevices.of(nodes)
     while len(jobs) < n:
         is_elastic = draw.random() < 0.25
         shape = Shape(1, 1) if is_elastic else Shape(draw.choice([1, 1, 2, 3, 4]), draw.choice([1, 1, 2, 4]))

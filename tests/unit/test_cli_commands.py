@@ -421,3 +421,88 @@ def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path)
     assert json.loads(host("db", "list-keys"))["revoked_at"] is None
     assert host("db", "revoke-key", key_id) == f"{key_id} is revoked\n"
     assert json.loads(host("db", "list-keys"))["revoked_at"] is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "run_on", "words"),
+    [
+        (
+            "train",
+            {"mesh": {"dp": 1, "features": 2}, "device": "cpu", "d_in": 16, "tokens_per_s": 7070.4},
+            "1 x 2 of cpu, 7,070 tokens/s",
+        ),
+        ("harvest", {"n_workers": 3, "device": "gpu", "n_parameters": 9}, "3 of gpu"),
+    ],
+)
+def test_a_finished_job_says_what_it_ran_on(run: Run, kind: str, run_on: dict[str, Any], words: str) -> None:
+    trained = {"dictionary_id": "dict_" + "0" * 26, "store_id": "act_" + "0" * 32, "n_steps": 1, "metrics": {}}
+    result = (trained if kind == "train" else HARVEST_RESULT) | {"run": run_on}
+    code, out, _ = run(f"job {JOB_ID}", answer(job(kind=kind, state="succeeded", result=result)))
+    assert code == 0 and words in out and "n_parameters" not in out
+
+
+def planned(**changes: Any) -> dict[str, Any]:
+    """A plan as the service sends it."""
+    training = {"tokens_per_s": 7070.0, "hours": 39.3, "error": 0.1, "n_jobs": 3, "device_hours": 78.6, "cost": 12.5}
+    parts = {"weights": 3 << 30, "moments": 6 << 30, "process": 425 << 20, "exchange": 0}
+    memory = {"n_bytes": sum(parts.values()), "parts": parts, "phase": "step", "variant": "k16"}
+    meshes = [
+        {"mesh": {"dp": 1, "features": n}, "n_ranks": n, "memory": memory, "fits": n == 2, "training": training}
+        for n in (1, 2)
+    ]
+    return {
+        "kind": "train",
+        "store_id": "act_" + "0" * 32,
+        "reuses": "harvest_under_way",
+        "job_id": JOB_ID,
+        "n_rows": 123_456,
+        "disk": {
+            "store_bytes": 5 << 30,
+            "checkpoint_bytes": 9 << 30,
+            "checkpoints_kept_bytes": 18 << 30,
+            "checkpoints_peak_bytes": 27 << 30,
+            "dictionary_bytes": 3 << 30,
+        },
+        "harvest": {"n_tokens": 130_000, "n_workers": 2, "running": training | {"n_jobs": 0}},
+        "device": "gpu",
+        "n_devices": 2,
+        "meshes": meshes,
+        "mesh": {"dp": 1, "features": 2},
+        "why": "1 x 2 is 1.8 times as fast as 1 x 1",
+        "currency": "EUR",
+    } | changes
+
+
+def test_a_plan_is_shown_with_the_mesh_that_it_would_run_on(run: Run, spec_file: Path) -> None:
+    code, out, _ = run(f"plan {spec_file}", answer(planned()))
+    assert code == 0
+    for words in (
+        f"are being harvested, by {JOB_ID}",
+        "9 GiB each; 18 GiB kept, 27 GiB at most",
+        "130,000 tokens, 2 workers",
+        "1 x 2 is 1.8 times as fast as 1 x 1",
+        "of variant k16: moments 6 GiB, weights 3 GiB, process 425 MiB",
+        "learned from 3 finished jobs",
+        "GPU-HOURS  COST EUR",
+        "(too much)",
+    ):
+        assert words in out, words
+    assert [line.split()[:4] for line in out.splitlines() if line.startswith("*")] == [["*", "1", "x", "2"]]
+    assert "exchange" not in out
+
+
+def test_a_plan_without_price_mesh_or_jobs_is_shown_too(run: Run, spec_file: Path) -> None:
+    plain = planned(meshes=[], mesh=None, harvest=None, currency=None, reuses="nothing", job_id=None, disk={})
+    code, out, _ = run(f"plan {spec_file}", answer(plain))
+    assert code == 0 and "would be harvested" in out and "MESH" not in out
+
+
+def test_a_plan_as_json_is_what_the_service_said(run: Run, spec_file: Path) -> None:
+    code, out, _ = run(f"plan {spec_file} --json", answer(planned(later="field")))
+    assert code == 0
+    assert json.loads(out) == planned()
+
+
+def test_a_refused_plan_is_an_error(run: Run, spec_file: Path) -> None:
+    code, out, err = run(f"plan {spec_file}", problem(422, "does_not_fit", "W_dec alone needs 61 GiB"))
+    assert (code, out) == (1, "") and "W_dec alone needs 61 GiB" in err

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gnomon.specs import HarvestSpec, TextSource
+from gnomon.specs import Dtype, HarvestSpec, TextSource
+from gnomon_storage.location import Location
+from gnomon_storage.manifest import Split
+from gnomon_storage.writing import SegmentWriter
 from gnomon_workers.harvest.readers import text_bytes
-from gnomon_workers.harvest.room import expected_tokens, needed_bytes
+from gnomon_workers.harvest.room import expected_tokens, needed_bytes, store_size
 from gnomon_workers.harvest.text import resolve_text
 
 
@@ -40,3 +44,29 @@ def test_the_bytes_of_a_text_are_those_of_its_column(tmp_path: Path) -> None:
     files = resolve_text([TextSource(url=f"{tmp_path}/x.{end}") for end in ("parquet", "txt")], [str(tmp_path)])
     unpacked, plain = map(text_bytes, files)
     assert plain == 3 and unpacked == pytest.approx(sum(map(len, texts)), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_store_takes_what_it_is_said_to_with_the_rest_of_its_last_chunks(tmp_path: Path, dtype: Dtype) -> None:
+    """Chunks of 4 MiB hold 1,024 rows of two kilobytes: 1,270 rows take two of them, a fifth of which is empty."""
+    d_in = 2048 if dtype == "bfloat16" else 1024
+    harvest = spec(
+        dtype=dtype, context_length=128, hooks=["h"], token_budget=128 * 32, held_out_every=4, segment_tokens=1280
+    )
+    store, commits = Location.open(str(tmp_path)), []
+    splits: dict[Split, tuple[int, ...]] = {"segments": (10, 10, 4), "held_out": (8,)}
+    for split, sizes in splits.items():
+        for index, n_contexts in enumerate(sizes):
+            contexts = np.zeros((n_contexts, 128), dtype=np.int32)
+            column = np.zeros(n_contexts * 127, dtype=np.int32)
+            writer = SegmentWriter(
+                store, split=split, index=index, attempt=1, hooks={"h": d_in}, dtype=dtype, contexts=contexts,
+                tokens=column, positions=column, context_ids=column, n_tokens=contexts.size,
+            )  # fmt: skip
+            kind = np.uint16 if dtype == "bfloat16" else np.float32
+            writer.append({"h": np.ones((len(column), d_in), dtype=kind)})
+            commits.append(writer.commit())
+    size = store_size(harvest, {"h": d_in}, 128 * 32, "file")
+    written = sum(file.n_bytes for commit in commits for file in commit.files.values())
+    assert size.n_bytes == pytest.approx(written, rel=0.02)
+    assert (size.n_rows, size.n_held_out_rows) == (24 * 127, 8 * 127)

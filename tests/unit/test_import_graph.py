@@ -187,3 +187,7 @@ def test_listing_commands_imports_neither_ray_nor_torch() -> None:
 
 def test_protocol_of_the_workers_imports_neither_ray_nor_torch() -> None:
     probe("gnomon_workers.runtime.protocol", "gnomon_workers.models.catalog", forbidden={"ray", "torch"})
+
+
+def test_what_a_training_costs_is_told_without_torch() -> None:
+    probe("gnomon_workers.sae.costs", "gnomon_workers.harvest.room", forbidden={"fastapi", "ray", "torch"})

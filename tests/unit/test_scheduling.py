@@ -10,7 +10,7 @@ import pytest
 from gnomon_service.dispatch.decisions import Decisions, Gang
 from gnomon_service.dispatch.order import AGE_S, LIFT_S, Ask, Share, in_order
 from gnomon_service.dispatch.reasons import drained
-from gnomon_service.dispatch.room import Node, Room, Shape
+from gnomon_service.dispatch.room import Node, FreeDevices, Shape
 from gnomon_service.dispatch.scheduling import decide
 from tests.support.scheduling import Job, Simulation, backlog, lower_bound_s, random_cluster, random_jobs
 
@@ -43,7 +43,7 @@ def left(decisions: Decisions) -> list[str]:
 
 
 def test_a_group_is_on_one_node_and_groups_on_as_few_as_can_be() -> None:
-    room = Room.of([Node(id="a", n_devices=3), Node(id="b", n_devices=2), Node(id="c", n_devices=4)])
+    room = FreeDevices.of([Node(id="a", n_devices=3), Node(id="b", n_devices=2), Node(id="c", n_devices=4)])
     assert room.place(Shape(1, 2)) == ("b", "b")
     assert room.place(Shape(2, 2)) == ("c", "c", "c", "c")
     assert room.place(Shape(4, 2)) == ("c", "c", "c", "c", "a", "a", "b", "b")

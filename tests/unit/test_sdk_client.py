@@ -266,3 +266,24 @@ def test_public_names_are_sorted_and_exist() -> None:
         name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)
     }
     assert public_errors <= set(gnomon.__all__)
+
+
+def test_a_plan_is_asked_for_with_the_body_of_a_submit() -> None:
+    plan = {"kind": "harvest", "store_id": "act_" + "0" * 32, "reuses": "nothing", "disk": {}, "device": "cpu"}
+    script = Script(httpx2.ConnectError("no"), answer(plan | {"n_devices": 4, "a_later_field": 1}))
+    found = client_of(script).plan(HARVEST)
+    assert (found.kind, found.reuses, found.n_devices, found.chosen) == ("harvest", "nothing", 4, None)
+    request = script.requests[1]  # it changes nothing, and was sent again
+    assert (request.method, request.url.path) == ("POST", "/v1/plans")
+    assert json.loads(request.content)["spec"]["hooks"] == ["model.layers.1"]
+    with pytest.raises(errors.InvalidRequest, match="hooks"):
+        client_of(Script()).plan({**HARVEST, "hooks": []})
+
+
+def test_the_async_client_plans_the_same() -> None:
+    async def run() -> None:
+        plan = {"kind": "train", "store_id": "act_" + "0" * 32, "reuses": "nothing", "disk": {}, "device": "gpu"}
+        async with AsyncClient(URL, KEY, transport=Script(answer(plan | {"n_devices": 1})).transport) as client:
+            assert (await client.plan(HARVEST)).device == "gpu"
+
+    asyncio.run(run())

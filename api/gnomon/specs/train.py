@@ -137,7 +137,7 @@ class TrainSpec(Spec):
     variants: Annotated[tuple[TrainVariant, ...], Field(min_length=1, max_length=64)] | None = None
     """Dictionaries to train at once on the same batches, each with changes of its own; None = one, without changes."""
     mesh: Mesh | Literal["auto"] = "auto"
-    """Division over ranks; "auto" takes what the cluster has free and d_sae allows."""
+    """Division over ranks; "auto" takes as much of the cluster as pays."""
     kernels: Literal["auto", "reference", "sparse", "triton"] = "auto"
     """Implementation of the products of a step: "sparse", PyTorch's, on any device; "triton", for CUDA; "reference",
     dense and slow, to compare with; "auto", "triton" on CUDA and "sparse" elsewhere."""

@@ -77,6 +77,7 @@ jobs = Table(
     Column("places", JSON(none_as_null=True)),  # node of each device that the attempt holds
     Column("places_wanted", JSON(none_as_null=True)),  # those that it shall hold, where they are others
     Column("mesh", JSON(none_as_null=True)),  # [dp, features], fixed by the first attempt of a training
+    Column("expected_s", Float),  # how long a training is expected to run, as it was planned
     Column("guest_until", Float),  # it holds room that is promised to another job from then on
     Column("waits_in_queue", JSON(none_as_null=True)),  # position, ahead and reason, as the scheduler saw it last
     Column("lease_owner", String(128)),

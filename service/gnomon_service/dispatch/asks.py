@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gnomon.specs import EvaluateSpec, HarvestSpec, Mesh, TrainSpec
-from gnomon_service.dispatch.room import Room, Shape
+from gnomon_service.dispatch.room import FreeDevices, Shape
 from gnomon_workers.sae.costs import choose_mesh
 from gnomon_workers.sae.shape import Device
 
@@ -33,7 +33,7 @@ def demand_of(
     hooks: Mapping[str, int],
     *,
     mesh: tuple[int, int] | None,
-    empty: Room,
+    empty: FreeDevices,
     device: Device,
 ) -> Demand:
     """What a job asks for on a cluster with these devices, hooks being those of its store, with their widths.
@@ -53,7 +53,7 @@ def demand_of(
 
 
 def _training(
-    spec: TrainSpec, hooks: Mapping[str, int], *, mesh: tuple[int, int] | None, empty: Room, device: Device
+    spec: TrainSpec, hooks: Mapping[str, int], *, mesh: tuple[int, int] | None, empty: FreeDevices, device: Device
 ) -> Demand:
     if mesh is not None and empty.place(Shape(*mesh)) is not None:
         return Demand(shapes=(Shape(*mesh),))

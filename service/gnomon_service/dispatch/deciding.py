@@ -18,7 +18,7 @@ from gnomon_service.dispatch.asks import Demand, demand_of
 from gnomon_service.dispatch.decisions import Decisions, Gang
 from gnomon_service.dispatch.order import Ask, Share
 from gnomon_service.dispatch.reasons import Reason
-from gnomon_service.dispatch.room import Node, Room, Shape
+from gnomon_service.dispatch.room import Node, FreeDevices, Shape
 from gnomon_service.dispatch.scheduling import N_TOLD, decide
 from gnomon_service.jobs.held import Placement
 from gnomon_service.jobs.transitions import add_events, as_row
@@ -96,6 +96,7 @@ class Scheduler:
             waited_s=job.waited_s,
             shapes=demand.shapes,
             n_most=demand.n_most,
+            expected_s=job.expected_s,
         )
 
     def _gang(self, row: Mapping[str, Any], seen: _Seen) -> Gang:
@@ -162,7 +163,7 @@ class _Seen:
     """The cluster and what runs on it."""
 
     nodes: list[Node]
-    empty: Room
+    empty: FreeDevices
     device: Device
     running: dict[str, Mapping[str, Any]]
     kinds: dict[str, str]
@@ -190,7 +191,7 @@ class _Seen:
         running = _read_running(connection)
         return cls(
             nodes=found,
-            empty=Room.of(found),
+            empty=FreeDevices.of(found),
             device="gpu" if uses_gpus else "cpu",
             running=running,
             kinds=dict(connection.execute(select(jobs.c.id, jobs.c.kind).where(jobs.c.state == "queued")).all()),

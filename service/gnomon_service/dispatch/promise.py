@@ -8,7 +8,7 @@ from typing import Final
 
 from gnomon_service.dispatch.decisions import Gang
 from gnomon_service.dispatch.order import Ask
-from gnomon_service.dispatch.room import Room
+from gnomon_service.dispatch.room import FreeDevices
 
 ASSUMED_S: Final = 3_600.0
 """How long what runs is taken to go on where nothing is known of it."""
@@ -16,18 +16,18 @@ ASSUMED_S: Final = 3_600.0
 
 @dataclass(slots=True, kw_only=True)
 class Promise:
-    """Room that the first job without any will have."""
+    """FreeDevices that the first job without any will have."""
 
     job_id: str
     in_s: float
     """When, if what runs ends as expected."""
-    room: Room
+    room: FreeDevices
     """What is left of the cluster by then, without it: others may have it for as long as they like."""
     ended: frozenset[str]
     """Jobs that are expected to have ended by then, or to have shrunk."""
 
     @classmethod
-    def to(cls, ask: Ask, soon: Room, gangs: Iterable[Gang]) -> Promise:
+    def to(cls, ask: Ask, soon: FreeDevices, gangs: Iterable[Gang]) -> Promise:
         """The earliest: what runs ends one after the other, and elastic jobs shrink at once."""
         room, in_s = soon.copy(), 0.0
         ended: set[str] = set()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gnomon_service.dispatch.order import Ask
-from gnomon_service.dispatch.room import Room
+from gnomon_service.dispatch.room import FreeDevices
 from gnomon_service.jobs.waiting import Waiting
 
 Code = Literal[
@@ -74,7 +74,7 @@ def quota(project: str, n: int, n_most: int, what: str) -> Reason:
     return Reason("quota", f"quota of project {project}: {n} of {n_most} {what}")
 
 
-def too_large(ask: Ask, empty: Room, what: str) -> Reason:
+def too_large(ask: Ask, empty: FreeDevices, what: str) -> Reason:
     """It would not fit if nothing else ran."""
     smallest = min(ask.shapes, key=lambda shape: shape.n_devices)
     most = max(empty.by_node().values(), default=0)

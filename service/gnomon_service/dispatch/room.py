@@ -37,7 +37,7 @@ class Shape:
 
 
 @dataclass(slots=True)
-class Room:
+class FreeDevices:
     """Devices by node that somebody may take."""
 
     _n_free: Counter[str] = field(default_factory=Counter)
@@ -47,9 +47,9 @@ class Room:
         """All devices of nodes on which may be started."""
         return cls(Counter({node.id: node.n_devices for node in nodes if not node.is_drained}))
 
-    def copy(self) -> Room:
+    def copy(self) -> FreeDevices:
         """The same devices, counted apart from now on."""
-        return Room(self._n_free.copy())
+        return FreeDevices(self._n_free.copy())
 
     @property
     def n_devices(self) -> int:
@@ -68,9 +68,9 @@ class Room:
             if node in self._n_free:
                 self._n_free[node] += n
 
-    def at_most(self, other: Room) -> Room:
+    def at_most(self, other: FreeDevices) -> FreeDevices:
         """Devices that are here and there."""
-        return Room(Counter({node: min(n, other._n_free[node]) for node, n in self._n_free.items()}))
+        return FreeDevices(Counter({node: min(n, other._n_free[node]) for node, n in self._n_free.items()}))
 
     def place(self, shape: Shape) -> tuple[str, ...] | None:
         """A node for each member, the members of a group next to each other; None where there is no room.

@@ -18,7 +18,7 @@ from gnomon_service.dispatch.decisions import Decisions, Gang, Leave, Start
 from gnomon_service.dispatch.order import Ask, Share, in_order
 from gnomon_service.dispatch.promise import Promise
 from gnomon_service.dispatch.reasons import Reason
-from gnomon_service.dispatch.room import Node, Room
+from gnomon_service.dispatch.room import Node, FreeDevices
 
 N_MAKING_ROOM: Final = 64
 """Jobs for which others may be moved in one decision: each looks at all that runs."""
@@ -59,7 +59,7 @@ class _Turn:
         self._what = what
         self._starts_nothing = starts_nothing
         self._drained = {node.id for node in nodes if node.is_drained}
-        self._empty = Room.of(nodes)
+        self._empty = FreeDevices.of(nodes)
         self._free = self._empty.copy()
         """Devices in use by nobody, and kept for nobody."""
         for gang in gangs:
@@ -179,7 +179,7 @@ class _Turn:
         if self._promised is not None and not is_guest:
             self._promised.room.take(places)
 
-    def _beside_promise(self, room: Room) -> Room:
+    def _beside_promise(self, room: FreeDevices) -> FreeDevices:
         """Of some devices, those that nobody was promised."""
         return room if self._promised is None else room.at_most(self._promised.room)
 

@@ -33,6 +33,8 @@ class Plan:
     """The spec to run; revisions are pinned."""
     store_id: str
     """The store that is harvested, trained on or evaluated against."""
+    expected_s: float | None = None
+    """How long it is expected to run, once it has its devices; None where nothing is known."""
 
     @property
     def harvest(self) -> HarvestSpec | None:
@@ -127,6 +129,7 @@ class Queue:
             name=request.name,
             spec=plan.spec.model_dump(mode="json"),
             dictionary_id=_dictionary_id(plan),
+            expected_s=plan.expected_s,
             **values,
         )
         if isinstance(plan.spec, HarvestSpec) and store is not None and is_sealed:

@@ -34,6 +34,8 @@ class Waiting:
     """Who holds its project."""
     mesh: tuple[int, int] | None
     """(dp, features) that its first attempt had."""
+    expected_s: float | None
+    """How long it is expected to run from its beginning."""
     told: dict[str, Any] | None
     """What was said last of why it waits."""
 
@@ -54,6 +56,7 @@ def read_waiting(connection: Connection) -> list[Waiting]:
             jobs.c.paused_by,
             projects.c.held_by,
             jobs.c.mesh,
+            jobs.c.expected_s,
             jobs.c.waits_in_queue.label("told"),
         )
         .select_from(jobs.outerjoin(projects, projects.c.name == jobs.c.project))

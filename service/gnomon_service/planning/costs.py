@@ -26,15 +26,25 @@ class Room:
     what: Literal["GPUs", "CPUs"]
     memory_bytes_per_place: float | None = None
     """Of the GPU, or a core's share of its node's memory; None where it is not known."""
+    n_on_a_node: int | None = None
+    """Places on the largest node; None where nodes are not known."""
 
     @classmethod
     def of(cls, cluster: ClusterState) -> Self | None:
         """That of the cluster as it was last seen; None if it never was."""
         if cluster.seen_at is None:
             return None
+        nodes = cluster.nodes
         if cluster.n_gpus > 0:
-            return cls(n_places=int(cluster.n_gpus), what="GPUs")
-        return cls(n_places=int(cluster.n_cpus), what="CPUs")
+            most = max((int(node.n_gpus) for node in nodes), default=None)
+            return cls(n_places=int(cluster.n_gpus), what="GPUs", n_on_a_node=most)
+        shares = [node.memory_bytes / node.n_cpus for node in nodes if node.memory_bytes and node.n_cpus]
+        return cls(
+            n_places=int(cluster.n_cpus),
+            what="CPUs",
+            memory_bytes_per_place=max(shares, default=None),
+            n_on_a_node=max((int(node.n_cpus) for node in nodes), default=None),
+        )
 
     @property
     def device(self) -> Device:

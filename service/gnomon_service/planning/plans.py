@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -13,6 +13,7 @@ from gnomon.specs import HarvestSpec, JobRequest
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import find_store, read_cluster, read_job
 from gnomon_service.jobs.artifacts import check_not_deleting
+from gnomon_service.jobs.submission import Plan
 from gnomon_service.planning.admission import Admitted, admit
 from gnomon_service.planning.costs import Prices, Room, choose, mesh_plans
 from gnomon_service.planning.inspector import Inspector
@@ -66,6 +67,18 @@ def plan_job(
             **_reuse(asked, store),
             **_parts(asked, store),
         )
+
+
+def with_duration(admitted: Admitted, project: str, database: Database) -> Plan:
+    """The plan of a job that is queued, with how long its training is expected to run."""
+    job = admitted.training
+    if job is None:
+        return admitted.plan
+    with database.read() as connection:
+        mesh = choose(job, Room.of(read_cluster(connection))).mesh
+        rate = training_rates(connection, project).of(job, mesh)
+    n_tokens = job.spec.n_steps * job.spec.batch_size
+    return replace(admitted.plan, expected_s=n_tokens / rate.tokens_per_s * (1.0 + rate.error))
 
 
 def _reuse(asked: _Asked, store: ActivationStoreRecord | None) -> dict[str, Any]:

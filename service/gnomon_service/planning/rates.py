@@ -14,7 +14,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 from sqlalchemy import Connection, select
 
-from gnomon.resources import HarvestResult, TrainResult
+from gnomon.resources import HarvestResult, TrainedOn, TrainResult
 from gnomon.specs import HarvestSpec, Mesh, TrainSpec, chooses_k
 from gnomon_service.db.tables import jobs
 from gnomon_workers.sae.costs import TrainJob
@@ -95,9 +95,13 @@ def training_rates(connection: Connection, project: str) -> TrainingRates:
             )
         except ValueError:  # of another release, which this one cannot read
             continue
-        point = Finished(place=_place(job, ran.mesh), ratio=ran.tokens_per_s / _modelled(job, ran.mesh))
-        finished.setdefault(ran.device, []).append(point)
+        finished.setdefault(ran.device, []).append(finished_training(job, ran))
     return TrainingRates(finished)
+
+
+def finished_training(job: TrainJob, ran: TrainedOn) -> Finished:
+    """A training as a point among others."""
+    return Finished(place=_place(job, ran.mesh), ratio=ran.tokens_per_s / _modelled(job, ran.mesh))
 
 
 def _modelled(job: TrainJob, mesh: Mesh) -> float:

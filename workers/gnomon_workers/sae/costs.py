@@ -15,6 +15,8 @@ N_KEPT: Final = 2
 """Checkpoints kept: the last, and the one before it in case the last is found damaged."""
 WORTH: Final = 0.7
 """Least parallel efficiency: where n times the devices are less than this share of n times as fast, they do not pay."""
+MOST_CONSIDERED: Final = 256
+"""Meshes that a choice is made among."""
 UNKNOWN_ROWS: Final = 1 << 20
 """Rows of a store of which nothing is known: more change no mesh."""
 _HEADER_BYTES: Final = 1500
@@ -79,7 +81,7 @@ class TrainJob:
             is_transcoder=d_out is not None,
             d_sae=spec.resolve_d_sae(d_in),
             device=device,
-            rows=rows or Rows(n_rows=UNKNOWN_ROWS, n_hooks=len(spec.hook_names or ("",))),
+            rows=rows or Rows(n_rows=UNKNOWN_ROWS, n_hooks=len(spec.hook_names or ("",)) + (d_out is not None)),
         )
 
     def with_rows(self, rows: Rows) -> Self:
@@ -109,7 +111,10 @@ class TrainJob:
         return sum(step_seconds(shape, self.device) for shape in self.shapes(mesh))
 
     def meshes(self, n_devices: int) -> list[Mesh]:
-        """Meshes of at most n_devices ranks that divide the batch and the dictionary, the smallest first."""
+        """Meshes of at most n_devices ranks that divide the batch and the dictionary, the smallest first.
+
+        Where there are more than MOST_CONSIDERED, those of sizes evenly spread: requests wait for what is made of them.
+        """
         found = [
             Mesh(dp=dp, features=features)
             for dp in range(1, n_devices + 1)
@@ -117,7 +122,10 @@ class TrainJob:
             for features in range(1, n_devices // dp + 1)
             if self.d_sae % features == 0
         ]
-        return sorted(found, key=lambda mesh: (n_ranks(mesh), mesh.dp))
+        sizes = sorted({n_ranks(mesh) for mesh in found})
+        every = -(-len(found) // MOST_CONSIDERED)
+        kept = {sizes[0], *sizes[::-every]}
+        return sorted((mesh for mesh in found if n_ranks(mesh) in kept), key=lambda mesh: (n_ranks(mesh), mesh.dp))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,14 +220,16 @@ def check_fits(job: TrainJob, mesh: Mesh, memory_bytes: float | None) -> None:
 
     No batch is so small that they would fit. What a batch takes besides is an estimate, and refuses nothing.
     """
-    if memory_bytes is None or job.memory(mesh).state_bytes <= memory_bytes:
+    if memory_bytes is None:
         return
     state = job.memory(mesh).state_bytes
+    if state <= memory_bytes:
+        return
     matrices = "W_enc, W_dec" if job.spec.alignment != "tied" else "W_dec"
     of = f" of {len(job.specs)} variants" if len(job.specs) > 1 else ""
     raise InvalidRequest(
         f"{matrices} and their moments{of} alone need {gib(state)} a rank on {named(mesh)}, and a rank has "
-        f"{gib(memory_bytes)}; lower d_sae, or raise mesh.features",
+        f"{gib(memory_bytes)}; lower d_sae, or divide it over more devices",
         code="does_not_fit",
         term="state",
         needed_bytes=state,

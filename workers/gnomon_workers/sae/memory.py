@@ -20,7 +20,7 @@ MOST_SAMPLE_BYTES: Final = 128 << 20
 """What they take at most as float32: every rank reads them, however small its shard."""
 BUFFER_BYTES: Final = 256 << 20
 """Of rows that are shuffled together; two are held of each hook."""
-PROCESS_BYTES: Final[dict[Device, int]] = {"cpu": 330 << 20, "gpu": 600 << 20}
+PROCESS_BYTES: Final[dict[Device, int]] = {"cpu": 430 << 20, "gpu": 600 << 20}
 """Of a rank without a dictionary: the interpreter and its libraries with what a first step adds, or CUDA's own."""
 BLOCK_BYTES: Final[dict[Device, int]] = {"cpu": 2 << 20, "gpu": 1 << 30}
 """Of a matrix [tokens, features of a block] in a step through matrices."""
@@ -28,6 +28,8 @@ DENSE_SHARE: Final = 0.2
 """Share of active features up to which float32 steps hold them as lists; .1 where products are bfloat16."""
 PICK_BYTES: Final = 130
 """Of a pick: indices, activation, gradient, and the orders it is sorted by."""
+LISTED_BYTES: Final = 95
+"""The same of the many picks of a step that has just ceased to go through matrices; and 10 for each vector."""
 CANDIDATE_BYTES: Final = 45
 """Of an entry of the groups that features are chosen from, for each byte of the pre-activations: values and masks."""
 
@@ -78,9 +80,20 @@ def rank_memory(shapes: Sequence[Shape], device: Device, rows: Rows, names: Sequ
         for name, shape in zip(names, shapes, strict=True)
         for phase, parts in passing_bytes(shape, device, rows).items()
     ]
-    name, phase, passing = max(phases, key=lambda each: sum(each[2].values()))
-    parts = {part: common.get(part, 0) + passing.get(part, 0) for part in {**common, **passing}}
-    return RankMemory(parts=parts, phase=phase, variant=name)
+    wholes = [
+        RankMemory(parts=_with(_begun(common) if phase == "initialise" else common, passing), phase=phase, variant=name)
+        for name, phase, passing in phases
+    ]
+    return max(wholes, key=lambda each: each.n_bytes)
+
+
+def _begun(common: dict[str, int]) -> dict[str, int]:
+    """What there is before the first step, whose buffers are not made yet."""
+    return common | {"gradients": 0, "pre_activations": 0}
+
+
+def _with(common: dict[str, int], passing: dict[str, int]) -> dict[str, int]:
+    return {part: common.get(part, 0) + passing.get(part, 0) for part in {**common, **passing}}
 
 
 def kept_bytes(shape: Shape) -> dict[str, int]:
@@ -122,14 +135,17 @@ def passing_bytes(shape: Shape, device: Device, rows: Rows) -> dict[str, dict[st
         * shape.n_tokens
         * (2 * shape.row_width + shape.d_out * (1 + n_residual_rows(shape.spec.activation)))
     )
-    begin = {"initialise": {"batch": sample_rows(shape, rows) * (4 * shape.row_width + 12 * shape.d_out)}}
+    begin = {"initialise": {"batch": sample_rows(shape, rows) * (4 * shape.row_width + 8 * shape.d_out)}}
     if chooses_k(shape.spec.activation):
         step = {"batch": batch, "selection": _selection_bytes(shape), "exchange": exchange_bytes(shape)}
         return begin | {"step": step}
     n_decoded = 2 if isinstance(shape.spec.activation, Gated) else 1
     block = min(BLOCK_BYTES[device], FLOAT_BYTES * shape.n_tokens * shape.n_local)
     dense = {"batch": batch * n_decoded, "selection": 10 * n_decoded * block, "exchange": exchange_bytes(shape)}
-    return begin | {"dense": dense, "sparse": {"batch": batch * n_decoded, **_list_bytes(shape)}}
+    # what the blocks took stays with the process, in pieces too small to be given back
+    lists = _list_bytes(shape) + (10 * block if device == "cpu" else 0)
+    sparse = {"batch": batch * n_decoded, "selection": lists, "exchange": exchange_bytes(shape)}
+    return begin | {"dense": dense, "sparse": sparse}
 
 
 def _selection_bytes(shape: Shape) -> int:
@@ -145,14 +161,14 @@ def _selection_bytes(shape: Shape) -> int:
     return int(maxima + n_local_picks * CANDIDATE_BYTES * item + n_summed * PICK_BYTES)
 
 
-def _list_bytes(shape: Shape) -> dict[str, int]:
+def _list_bytes(shape: Shape) -> int:
     """The picks of a step of which just few enough features are active to be held as lists."""
     share = DENSE_SHARE / 2 if shape.is_large and shape.spec.encoder_dtype == "auto" else DENSE_SHARE
     n_pairs = shape.n_tokens * shape.n_local
-    n_bytes = 55 + 15 * shape.n_vectors
+    n_bytes = LISTED_BYTES + 10 * shape.n_vectors
     product = FLOAT_BYTES * n_pairs if share > 0.1 else 0
     n_summed = n_pairs * (shape.mesh.dp if shape.exchanges_batch else 1)
-    return {"selection": int(share * n_summed * n_bytes) + product + n_pairs, "exchange": exchange_bytes(shape)}
+    return int(share * n_summed * n_bytes) + product + n_pairs
 
 
 def exchange_bytes(shape: Shape) -> int:

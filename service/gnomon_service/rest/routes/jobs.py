@@ -15,6 +15,7 @@ from gnomon.specs import JobRequest
 from gnomon.specs.request import JobChange
 from gnomon_service.db import reads
 from gnomon_service.planning.admission import admit
+from gnomon_service.planning.plans import with_duration
 from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, Services, ServicesDep, Writer, check_class
 from gnomon_service.rest.event_stream import EventStream
 
@@ -71,7 +72,8 @@ def _submit(body: JobRequest, project: str, services: Services, idempotency_key:
     if job is not None:
         return job
     admitted = admit(body, project, services.database, services.settings, services.inspector)
-    return queue.submit(project, body, admitted.plan, idempotency_key=idempotency_key)
+    plan = with_duration(admitted, project, services.database)
+    return queue.submit(project, body, plan, idempotency_key=idempotency_key)
 
 
 @router.get("")

@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("places", sa.JSON),
         sa.Column("places_wanted", sa.JSON),
         sa.Column("mesh", sa.JSON),
+        sa.Column("expected_s", sa.Float),
         sa.Column("guest_until", sa.Float),
         sa.Column("waits_in_queue", sa.JSON),
     ):
