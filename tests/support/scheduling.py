@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gnomon_service.dispatch.decisions import Decisions, Gang
 from gnomon_service.dispatch.order import Ask, Share
-from gnomon_service.dispatch.room import Node, FreeDevices, Shape
+from gnomon_service.dispatch.room import FreeDevices, Node, Shape
 from gnomon_service.dispatch.scheduling import decide
 
 LEAVE_S = 5.0

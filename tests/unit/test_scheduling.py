@@ -10,7 +10,7 @@ import pytest
 from gnomon_service.dispatch.decisions import Decisions, Gang
 from gnomon_service.dispatch.order import AGE_S, LIFT_S, Ask, Share, in_order
 from gnomon_service.dispatch.reasons import drained
-from gnomon_service.dispatch.room import Node, FreeDevices, Shape
+from gnomon_service.dispatch.room import FreeDevices, Node, Shape
 from gnomon_service.dispatch.scheduling import decide
 from tests.support.scheduling import Job, Simulation, backlog, lower_bound_s, random_cluster, random_jobs
 

@@ -18,7 +18,7 @@ from gnomon_service.dispatch.asks import Demand, demand_of
 from gnomon_service.dispatch.decisions import Decisions, Gang
 from gnomon_service.dispatch.order import Ask, Share
 from gnomon_service.dispatch.reasons import Reason
-from gnomon_service.dispatch.room import Node, FreeDevices, Shape
+from gnomon_service.dispatch.room import FreeDevices, Node, Shape
 from gnomon_service.dispatch.scheduling import N_TOLD, decide
 from gnomon_service.jobs.held import Placement
 from gnomon_service.jobs.transitions import add_events, as_row

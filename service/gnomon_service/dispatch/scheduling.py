@@ -18,7 +18,7 @@ from gnomon_service.dispatch.decisions import Decisions, Gang, Leave, Start
 from gnomon_service.dispatch.order import Ask, Share, in_order
 from gnomon_service.dispatch.promise import Promise
 from gnomon_service.dispatch.reasons import Reason
-from gnomon_service.dispatch.room import Node, FreeDevices
+from gnomon_service.dispatch.room import FreeDevices, Node
 
 N_MAKING_ROOM: Final = 64
 """Jobs for which others may be moved in one decision: each looks at all that runs."""

@@ -191,8 +191,8 @@ def _check_mesh(spec: TrainSpec, mesh: Mesh, d_sae: int | None, room: Room) -> N
     n_ranks = mesh.dp * mesh.features
     if room.n_on_a_node is not None and room.n_on_a_node < mesh.features <= n_places:
         raise InvalidRequest(
-            f"mesh {mesh.dp} x {mesh.features} needs {mesh.features} {what} on one node for the shards of a replica, and "
-            f"no node has more than {room.n_on_a_node}, though all together have {n_places}; use at most "
+            f"mesh {mesh.dp} x {mesh.features} needs {mesh.features} {what} on one node, for the shards of a replica, "
+            f"and no node has more than {room.n_on_a_node}, though all together have {n_places}; use at most "
             f"{room.n_on_a_node} features and more replicas, or set mesh to 'auto'",
             code="mesh_fits_no_node",
             n_on_a_node=room.n_on_a_node,
