@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from gnomon_workers.models import catalog
 from gnomon_workers.runtime import gang as gangs
 from gnomon_workers.runtime.answers import answers, value_of
 from gnomon_workers.runtime.protocol import Assignment
-from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.runtime.reporting import Cancelled, Left, Reporter, WorkerLost
 from tests.support.models import EOS_ID, PAD_ID, glassllm_ids, glassllm_residuals, make_glassllm, write_corpus
 from tests.support.own_processes import own_pids
 from tests.support.rays import local_ray
@@ -357,3 +358,80 @@ def test_sources_changed_after_submission_are_refused(inputs: Path, ray_cluster:
     with pytest.raises(GnomonError) as caught:
         run_harvest(assignment, Reporter())
     assert caught.value.code == "source_changed"
+
+
+def node_id() -> str:
+    """The node of this Ray."""
+    import ray
+
+    return str(ray.nodes()[0]["NodeID"])
+
+
+class Harvesting(threading.Thread):
+    """A harvest in a thread of its own, which ends with a result or an error."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        super().__init__(daemon=True)
+        self.assignment, self.reporter = assignment, Reporter()
+        self.error: BaseException | None = None
+        self.result: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = run_harvest(self.assignment, self.reporter)
+        except (Left, GnomonError) as error:
+            self.error = error
+
+    def n_segments(self) -> int:
+        """Segments committed by it."""
+        return sum(report.kind == "segment" and not report.data["kept"] for report in self.reporter.after(0))
+
+    def end(self) -> None:
+        """Wait for its end."""
+        wait_until(lambda: not self.is_alive(), "the end of the harvest")
+
+
+def test_a_harvest_shrinks_and_grows_between_segments(inputs: Path, ray_cluster: None, tmp_path: Path) -> None:
+    spec = make_spec(inputs, token_budget=20_000, segment_tokens=512)
+    node = node_id()
+    harvesting = Harvesting(replace(assign(inputs, tmp_path / "a", spec), places=(node, node)))
+    reporter = harvesting.reporter
+    wait_until(lambda: reporter.places == (node, node), "two workers")
+    reporter.places_wanted = (node,)
+    wait_until(lambda: reporter.places == (node,), "one worker")
+    assert len(own_pids("ray::HarvestWorker")) == 1
+    n_before = harvesting.n_segments()
+    reporter.places_wanted = (node, node)
+    wait_until(lambda: reporter.places == (node, node), "two workers again")
+    harvesting.end()
+    assert harvesting.error is None
+    assert n_before < harvesting.n_segments(), "it was still at work"
+    undisturbed = assign(inputs, tmp_path / "b", spec)
+    run_harvest(undisturbed, Reporter())
+    assert rows_of(open_store(harvesting.assignment)) == rows_of(open_store(undisturbed))
+
+
+def test_a_harvest_that_was_asked_to_leave_keeps_what_it_has(inputs: Path, ray_cluster: None, tmp_path: Path) -> None:
+    spec = make_spec(inputs, token_budget=20_000, segment_tokens=512)
+    assignment = assign(inputs, tmp_path, spec)
+    first = Harvesting(assignment)
+    wait_until(lambda: first.n_segments() > 2, "some segments")
+    first.reporter.leave()
+    first.end()
+    assert isinstance(first.error, Left)
+    n_kept = first.n_segments()
+    reporter = Reporter()
+    run_harvest(replace(assignment, attempt=2), reporter)
+    kept = [report.data["kept"] for report in reporter.after(0) if report.kind == "segment"]
+    assert sum(kept) == n_kept
+    assert not all(kept)
+
+
+def rows_of(store: ActivationStore) -> dict[tuple[str, int, str], bytes]:
+    """Every row of a store, by split, segment and hook."""
+    return {
+        (segment.split, segment.index, hook): store.read_rows(hook, segment, 0, segment.n_rows).tobytes()
+        for segment in store.manifest.segments
+        for hook in store.manifest.hooks
+    }

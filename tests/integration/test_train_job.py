@@ -485,3 +485,45 @@ def test_a_transcoder_is_trained_evaluated_and_published(cluster: RayCluster, ro
     dictionary = load_folder(Path(record["location"].removeprefix("file://")))
     assert (dictionary.cfg.architecture, dictionary.cfg.d_out) == ("jumprelu_transcoder", 12)
     assert 0 < record["metrics"]["fvu"] < 1.5 and "alignment" not in record["metrics"]
+
+
+def node_ids() -> tuple[str, ...]:
+    """Nodes of this Ray."""
+    import ray
+
+    return tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+@pytest.mark.parametrize(("dp", "features"), [(1, 1), (2, 2)])
+def test_a_training_that_was_asked_to_leave_goes_on_to_the_same_bits(
+    cluster: RayCluster, root: Path, dp: int, features: int
+) -> None:
+    (node,) = node_ids()
+    places: dict[str, Any] = {"places": (node,) * (dp * features), "mesh": (dp, features)}
+    job_id = f"job_left_{dp}{features}"
+    whole, told = follow(cluster, replace(assignment(root, f"{job_id}_whole", mesh="auto"), **places))
+    assert whole.status == "succeeded"
+    task = replace(assignment(root, job_id, mesh="auto"), **places)
+
+    def leave(report: Report) -> None:
+        if report.kind == "metrics" and report.data["step"] == 30:
+            cluster.leave(task.job_id, task.attempt)
+
+    left, first = follow(cluster, task, leave)
+    assert left.status == "left"
+    saved = [report.data["step"] for report in first if report.kind == "checkpoint"]
+    assert saved
+    assert saved[-1] < 400, "it left before the end"
+    assert max(losses(first)) == saved[-1], "no step was made after the checkpoint"
+    ended, second = follow(cluster, replace(task, attempt=2))
+    assert ended.status == "succeeded"
+    assert min(losses(second)) == saved[-1] + 1, "no step was made twice"
+    assert losses(first) | losses(second) == losses(told)
+    assert rank_pids() == []
+
+
+def test_a_gang_is_where_it_was_placed_and_a_node_that_has_gone_is_a_loss(cluster: RayCluster, root: Path) -> None:
+    task = replace(assignment(root, "job_gone"), places=("f" * 56,) * 2, mesh=(1, 2))
+    ended, _ = follow(cluster, task)
+    assert ended.status == "lost"
+    assert "has gone before the gang was there" in ended.message
