@@ -90,7 +90,10 @@ def moment(time: datetime | None) -> str:
 
 
 def progress_text(job: Job) -> str:
-    """How far a running job is."""
+    """How far a running job is, and what a queued one waits for."""
+    if job.state == "queued" and job.queue is not None:
+        place = "" if job.queue.position is None else f"place {job.queue.position}: "
+        return f"{place}{job.queue.code}"
     if job.progress is None or job.state != "running":
         return ""
     progress = job.progress

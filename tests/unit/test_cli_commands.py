@@ -232,6 +232,8 @@ def test_a_job_that_waits_says_where_and_why(run: Run) -> None:
     assert code == 0
     assert "place 2: needs 4 GPUs, 2 free of 8" in out
     assert "spare, priority 3" in out
+    _, out, _ = run("jobs", answer({"items": [job(queue=place)]}))
+    assert "place 2: no_room" in out
 
 
 def test_a_job_that_runs_says_on_what_and_how_long_still(run: Run) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -35,6 +37,8 @@ from gnomon_service.db.tables import (
     projects,
 )
 
+SILENT_S = 20.0
+"""A dispatcher that was not seen for so long is taken to be gone; its loop comes round every second."""
 R = TypeVar("R", bound=Document)
 MAX_PAGE = 200
 
@@ -84,11 +88,13 @@ def list_jobs(
 
 def job_tag(connection: Connection, project: str, job_id: str) -> str:
     """A tag that changes with every change of the job that a user could see; raises NotFound."""
-    statement = select(jobs.c.n_events).where(jobs.c.id == job_id, jobs.c.project == project)
-    n_events = connection.execute(statement).scalar()
-    if n_events is None:
+    columns = (jobs.c.n_events, jobs.c.state, jobs.c.waits_in_queue, jobs.c.places, jobs.c.leave_why, jobs.c.paused_by)
+    row = connection.execute(select(*columns).where(jobs.c.id == job_id, jobs.c.project == project)).one_or_none()
+    if row is None:
         raise _absent("job", job_id)
-    return f'"{n_events}"'
+    no_dispatcher = row.state == "queued" and _no_dispatcher(connection)
+    shown = json.dumps([*row[2:], bool(no_dispatcher)], sort_keys=True)
+    return f'"{row.n_events}.{zlib.crc32(shown.encode()):08x}"'
 
 
 def list_events(
@@ -119,14 +125,25 @@ def _as_jobs(connection: Connection, rows: Sequence[RowMapping]) -> list[Job]:
     )
     for job_id, depends_on in connection.execute(statement):
         needs.setdefault(job_id, []).append(depends_on)
-    return [_as_job(row, needs.get(row["id"], [])) for row in rows]
+    silence = _no_dispatcher(connection) if any(row["state"] == "queued" for row in rows) else None
+    return [_as_job(row, needs.get(row["id"], []), silence) for row in rows]
 
 
-def _as_job(row: RowMapping, depends_on: Sequence[str]) -> Job:
+def _no_dispatcher(connection: Connection) -> dict[str, Any] | None:
+    """Why every job waits, where no dispatcher was seen for SILENT_S."""
+    age_s = dispatcher_age_s(connection)
+    if age_s is not None and age_s <= SILENT_S:
+        return None
+    # to the half minute: the answer is to change, but not with every question
+    since = "was ever seen" if age_s is None else f"was seen for {30 * max(1, round(age_s / 30))} s"
+    return {"code": "no_dispatcher", "message": f"no dispatcher {since}; start one: jobs wait for it"}
+
+
+def _as_job(row: RowMapping, depends_on: Sequence[str], silence: Mapping[str, Any] | None) -> Job:
     error = {"code": row["error_code"], "message": row["error_message"] or ""} if row["error_code"] else None
-    more = {"depends_on": depends_on, "error": error, "n_devices": len(row["places"] or ())}
+    more: dict[str, Any] = {"depends_on": depends_on, "error": error, "n_devices": len(row["places"] or ())}
     if row["state"] == "queued":
-        more["queue"] = row["waits_in_queue"]
+        more["queue"] = silence or row["waits_in_queue"]
     return Job.read({**with_times(row), **more, "remaining_s": _remaining(row)})
 
 
