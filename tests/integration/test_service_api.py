@@ -90,12 +90,12 @@ def test_revoked_keys_are_refused_at_once(service: Service) -> None:
 
 
 def test_a_key_that_sends_too_much_is_told_when_to_come_again(tmp_path: Path) -> None:
-    with running_service(tmp_path / "home", requests_per_s=0.5) as service:
+    with running_service(tmp_path / "home", requests_per_s=0.001) as service:
         busy, other = service.new_key(), service.new_key()
         first, second = (service.client(busy).get("/v1/jobs") for _ in range(2))
         assert first.status_code == 200
         expect_problem(second, 429, "rate_limited")
-        assert second.headers["Retry-After"] == "2"
+        assert 500 < int(second.headers["Retry-After"]) <= 1000
         assert service.client(other).get("/v1/jobs").status_code == 200
         assert service.client(busy).get("/healthz").status_code == 200
 
