@@ -18,6 +18,8 @@ from gnomon_service.jobs.transitions import clean
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 80
+_TO_WAIT_FOR = frozenset({"busy", "still_reading"})
+"""Codes of answers of a service that is well: whoever asks is to ask again."""
 _CODES = {404: "no_such_route", 405: "method_not_allowed", 408: "body_timeout"}
 
 
@@ -63,7 +65,9 @@ def add_problem_handlers(app: FastAPI) -> None:
 
 async def _on_gnomon_error(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, GnomonError)
-    if error.status >= 500:
+    if error.code in _TO_WAIT_FOR:
+        logger.info("told to ask again", extra={"route": request.url.path, "code": error.code})
+    elif error.status >= 500:
         logger.error("request failed", extra={"route": request.url.path, "code": error.code}, exc_info=error)
     return as_problem(error)
 
