@@ -24,7 +24,7 @@ from gnomon.resources import (
     Page,
 )
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
-from gnomon.specs.base import explain
+from gnomon.specs.problems import explain
 
 T = TypeVar("T")
 PAGE_SIZE = 100
@@ -80,10 +80,13 @@ def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:
         fields = dict(spec)
     else:
         fields = {"spec": spec}
+    fields |= options
     try:
-        return JobRequest.model_validate(fields | dict(options))
+        return JobRequest.model_validate(fields)
     except ValidationError as error:
-        raise InvalidRequest(explain(error)) from error
+        # of a spec alone, paths are those in the spec
+        below = "" if isinstance(spec, Mapping) and "spec" in spec else "spec"
+        raise InvalidRequest(explain(error, fields, JobRequest, below=below)) from error
 
 
 def job(job_id: str) -> Request[Job]:

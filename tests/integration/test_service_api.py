@@ -29,6 +29,7 @@ from gnomon_storage.location import Location
 from gnomon_workers.runtime.protocol import ClusterSnapshot
 from tests.support.service_api import Service, expect_problem, running_service
 from tests.support.service_jobs import DICTIONARY_RECORD, stored, train_spec
+from tests.unit.test_spec_problems import TRAIN, WRONG
 
 
 @pytest.fixture
@@ -314,9 +315,18 @@ def test_bad_fields_are_named_as_the_user_wrote_them(service: Service, path: str
     assert service.count_jobs() == 0
 
 
+@pytest.mark.parametrize("case", WRONG)
+def test_the_service_says_of_a_spec_what_the_sdk_says(service: Service, case: str) -> None:
+    change, says = WRONG[case]
+    answer = service.client().post("/v1/jobs", json={"spec": TRAIN | change})
+    assert expect_problem(answer, 422, "invalid_spec")["detail"].startswith(f"spec.{says}")
+
+
 def test_fields_beside_the_spec_are_refused_too(service: Service) -> None:
     answer = service.client().post("/v1/jobs", json={"spec": service.harvest(), "owner": "me"})
     assert expect_problem(answer, 422, "invalid_spec")["errors"][0]["path"] == "owner"
+    answer = service.client().post("/v1/keys", json={"name": "k", "scope": ["read"]})
+    assert "scope is not a field; did you mean 'scopes'?" in expect_problem(answer, 422, "invalid_spec")["detail"]
 
 
 def test_a_transcoder_with_alignment_is_refused_by_name(service: Service) -> None:

@@ -403,7 +403,7 @@ def test_stopping_is_said_before_it_is_done(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
 
     monkeypatch.setattr(embedded, "Embedded", Slow)
-    monkeypatch.setattr(commands.threading, "Event", Interrupted)
+    monkeypatch.setattr("gnomon_service.commands.threading.Event", Interrupted)
     monkeypatch.setattr(logs, "setup_logging", lambda *_: None)
     said = CliRunner().invoke(commands.app, ["up", "--home", str(tmp_path)]).stdout.splitlines()
     assert said[-3:] == [
@@ -414,9 +414,10 @@ def test_stopping_is_said_before_it_is_done(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_help_states_the_defaults_that_hold() -> None:
-    options = {option.name: option.help for option in typer.main.get_group(cli.app).commands["submit"].params}
+    submit: Any = typer.main.get_group(cli.app).commands["submit"]
+    options = {option.name: option.help for option in submit.params}
     for name in ("priority", "max_attempts"):
-        assert f"default {JobRequest.model_fields[name].default}." in (options[name] or "")
+        assert f"default {JobRequest.model_fields[name].default}." in options[name]
     for host, path in ((cli.app, ["keys", "issue"]), (commands.app, ["keys", "create"])):
         group: Any = typer.main.get_group(host)
         for name in path:
