@@ -40,6 +40,7 @@ class Reader:
             "MODEL": str(self.home / "inputs/model"),
             "CORPUS": str(self.home / "inputs/corpus.jsonl"),
             "HOOK": HOOK,
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         }
         return subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True)
 

@@ -354,7 +354,7 @@ def test_service_commands_say_what_to_install(command: str, tmp_path: Path) -> N
 
 def test_sdk_commands_work_without_the_service(tmp_path: Path) -> None:
     line = [sys.executable, "-c", BLOCKED, "--help"]
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert "submit" in done.stdout
