@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -18,6 +20,8 @@ from gnomon.errors import GnomonError, InvalidRequest, TooManyRequests, Unavaila
 
 T = TypeVar("T")
 logger = logging.getLogger("gnomon")
+READING_PAUSE_S = 1.0
+"""Between two requests for the same look, at least."""
 
 
 class Session:
@@ -35,10 +39,11 @@ class Session:
     def send(self, request: Request[T]) -> T:
         """Send a request and read its answer, repeating it where that is safe and may help."""
         while True:
+            began = time.monotonic()
             try:
                 return self._send(request)
             except Unavailable as error:
-                _wait_for_reading(request, error)
+                time.sleep(_pause_for_reading(request, error, began))
 
     def _send(self, request: Request[T]) -> T:
         for attempt in _attempts(request, self.settings):
@@ -86,10 +91,11 @@ class AsyncSession:
     async def send(self, request: Request[T]) -> T:
         """Send a request and read its answer, repeating it where that is safe and may help."""
         while True:
+            began = time.monotonic()
             try:
                 return await self._send(request)
             except Unavailable as error:
-                _wait_for_reading(request, error)
+                await asyncio.sleep(_pause_for_reading(request, error, began))
 
     async def _send(self, request: Request[T]) -> T:
         async for attempt in _attempts(request, self.settings):
@@ -176,11 +182,17 @@ def translated_errors(url: str) -> Iterator[None]:
         raise Unavailable(message, code="connection_lost") from error
 
 
-def _wait_for_reading(request: Request[Any], error: Unavailable) -> None:
-    """Return where the request is to be sent again, as the service is still reading what it names; else raise."""
+def _pause_for_reading(request: Request[Any], error: Unavailable, began: float) -> float:
+    """Seconds until the request is to be sent again, as the service is still reading what it names; else raises.
+
+    It is the service that waits, 20 s each time: the pause is for one that answers at once.
+    """
     if error.code != "still_reading" or not request.idempotent:
         raise error
-    logger.warning("%s", error.message)  # it is the service that waits, 20 s each time
+    so_far_s = error.detail.get("so_far_s")
+    since = f", for {so_far_s} s so far" if isinstance(so_far_s, int) else ""
+    logger.warning("the service is still reading the model and text of the request%s; waiting", since)
+    return max(0.0, began + READING_PAUSE_S - time.monotonic())
 
 
 def _attempts(request: Request[Any], settings: ClientSettings) -> Any:

@@ -26,7 +26,7 @@ from gnomon.resources import (
     ProjectState,
 )
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
-from gnomon.specs.base import explain
+from gnomon.specs.problems import explain
 from gnomon.specs.request import JobChange, JobClass
 
 T = TypeVar("T")
@@ -90,10 +90,13 @@ def job_request(spec: Submittable, options: Mapping[str, Any]) -> JobRequest:
         fields = dict(spec)
     else:
         fields = {"spec": spec}
+    fields |= options
     try:
-        return JobRequest.model_validate(fields | dict(options))
+        return JobRequest.model_validate(fields)
     except ValidationError as error:
-        raise InvalidRequest(explain(error)) from error
+        # of a spec alone, paths are those in the spec
+        below = "" if isinstance(spec, Mapping) and "spec" in spec else "spec"
+        raise InvalidRequest(explain(error, fields, JobRequest, below=below)) from error
 
 
 def job(job_id: str) -> Request[Job]:

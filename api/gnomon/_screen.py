@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gnomon.errors import GnomonError
 from gnomon.events import Logged, StateChanged
-from gnomon.resources import Event, HarvestedOn, HarvestResult, Job, Remaining, TrainedOn, TrainResult
+from gnomon.resources import ApiKey, Event, HarvestedOn, HarvestResult, Job, Remaining, TrainedOn, TrainResult
 
 _HINTS = {
     "unauthenticated": "set GNOMON_API_KEY; on the service's host, `gnomon keys create` makes a key",
@@ -53,6 +53,17 @@ def show_pairs(pairs: Iterable[tuple[str, object]]) -> None:
         if value not in (None, ""):
             table.add_row(name, Text(plain(value)))
     out().print(table)
+
+
+def show_keys(keys: Iterable[ApiKey]) -> None:
+    """A table of API keys."""
+    show_table(
+        ("ID", "NAME", "SCOPES", "CREATED", "EXPIRES", "REVOKED"),
+        (
+            (k.id, k.name, " ".join(k.scopes), moment(k.created_at), moment(k.expires_at), moment(k.revoked_at))
+            for k in keys
+        ),
+    )
 
 
 def show_json(value: BaseModel | Sequence[BaseModel]) -> None:
@@ -123,7 +134,7 @@ def event_text(event: Event) -> str:
         case Logged(message=message):
             text = message
         case _:
-            text = " ".join(f"{name}={_short(value)}" for name, value in event.data.items())
+            text = " ".join(f"{name}={short(value)}" for name, value in event.data.items())
     return f"{moment(event.created_at)}  #{event.attempt}  {event.kind:<10}  {text}"
 
 
@@ -135,8 +146,17 @@ def _state_text(told: StateChanged) -> str:
     return f"{text}  {why}{again}" if why else text
 
 
-def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def short(value: object) -> str:
+    """A value on one line, with at most six digits of every number that is not whole."""
+    match value:
+        case float():
+            return f"{value:.6g}"
+        case Mapping():
+            return "{" + ", ".join(f"{name}={short(item)}" for name, item in value.items()) + "}"
+        case list() | tuple():
+            return "[" + ", ".join(map(short, value)) + "]"
+        case _:
+            return str(value)
 
 
 def span_text(left: Remaining) -> str:

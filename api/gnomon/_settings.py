@@ -57,7 +57,8 @@ def resolve_settings(
 def _clean_url(url: str | None) -> str:
     if not url:
         raise InvalidRequest(
-            "no service URL: pass url=, set GNOMON_URL, or start a service here with `gnomon up`",
+            "no service URL: pass url= (in the command line --url), set GNOMON_URL, or start a service here with "
+            "`gnomon up`",
             code="not_configured",
         )
     parts = urlsplit(url)

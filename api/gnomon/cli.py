@@ -12,28 +12,26 @@ from typing import Annotated, Any
 
 import typer
 
+from gnomon._job_view import job_name, number, show_job
 from gnomon._plan_text import show_plan
 from gnomon._plugins import CommandGroup
-from gnomon._results import read_result
 from gnomon._screen import (
     event_text,
     moment,
     progress_text,
-    ran_on_text,
     show_error,
     show_json,
+    show_keys,
     show_line,
     show_note,
     show_pairs,
     show_table,
-    span_text,
 )
 from gnomon._settings import resolve_settings
 from gnomon._steering_commands import add_commands, show_cluster
 from gnomon.client import Client, JobHandle
-from gnomon.errors import GnomonError, InvalidRequest
-from gnomon.metrics import DictionaryMetrics
-from gnomon.resources import TERMINAL_STATES, Job, JobKind, JobState, TrainResult
+from gnomon.errors import GnomonError, InvalidRequest, how_to_install
+from gnomon.resources import TERMINAL_STATES, JobKind, JobState
 from gnomon.specs.request import JobClass
 
 app = typer.Typer(
@@ -51,6 +49,9 @@ keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys_app, name="keys")
 add_commands(app)
 
+Scopes = Annotated[
+    list[str] | None, typer.Option(help="read, write or admin; once per scope. Default: read and write.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many.")]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
@@ -82,7 +83,9 @@ def run(arguments: list[str]) -> int:
 @app.callback(invoke_without_command=True)
 def _options(
     ctx: typer.Context,
-    url: Annotated[str | None, typer.Option(help="URL of the service; default: GNOMON_URL.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="URL of the service; default: GNOMON_URL, else that of client.json.")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -103,16 +106,18 @@ def _client(ctx: typer.Context) -> Client:
 def submit(
     ctx: typer.Context,
     file: Annotated[typer.FileText, typer.Argument(help="A spec or a whole request as JSON; - reads standard input.")],
-    name: Annotated[str | None, typer.Option(help="A label for people.")] = None,
-    priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    name: Annotated[str | None, typer.Option(help="A label for people; default none.")] = None,
+    priority: Annotated[int | None, typer.Option(help="-100 to 100, higher runs first; default 0.")] = None,
     job_class: Annotated[
         JobClass | None,
-        typer.Option("--class", help="A higher one goes first and preempts; urgent needs scope admin."),
+        typer.Option("--class", help="A higher one goes first and preempts; urgent needs scope admin. Default normal."),
     ] = None,
-    max_attempts: Annotated[int | None, typer.Option(help="Attempts before the job fails.")] = None,
-    deadline_s: Annotated[int | None, typer.Option(help="Seconds until the job is failed.")] = None,
-    idempotency_key: Annotated[str | None, typer.Option(help="The same key gives the same job.")] = None,
-    profile: Annotated[int | None, typer.Option(help="Trace so many training steps.")] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="It fails after so many lost in a row; default 5.")] = None,
+    deadline_s: Annotated[int | None, typer.Option(help="Seconds from now until it is failed; default none.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same key gives the same job; default a new one.")
+    ] = None,
+    profile: Annotated[int | None, typer.Option(help="Trace so many training steps; default none.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show its progress until it ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -137,7 +142,7 @@ def submit(
     if as_json:
         show_json(handle.job)
     elif wait:
-        _show_job(handle.job)
+        show_job(handle.job)
     else:
         show_line(handle.id)
 
@@ -171,7 +176,7 @@ def jobs(
     else:
         show_table(
             ("ID", "KIND", "STATE", "CREATED", "PROGRESS", "NAME"),
-            ((j.id, j.kind, j.state, moment(j.created_at), progress_text(j), j.name) for j in found),
+            ((j.id, j.kind, j.state, moment(j.created_at), progress_text(j), job_name(j)) for j in found),
         )
 
 
@@ -179,7 +184,7 @@ def jobs(
 def job(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
     """Show one job."""
     found = _client(ctx).job(job_id).job
-    show_json(found) if as_json else _show_job(found)
+    show_json(found) if as_json else show_job(found)
 
 
 @app.command(epilog="Ctrl-C ends the watching, never the job: `gnomon cancel JOB` does.")
@@ -187,7 +192,7 @@ def watch(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> N
     """Show a job's progress until it ends; exit code 1 if it fails."""
     handle = _client(ctx).job(job_id)
     _wait(handle)
-    show_json(handle.job) if as_json else _show_job(handle.job)
+    show_json(handle.job) if as_json else show_job(handle.job)
 
 
 @app.command(epilog="Example: `gnomon logs JOB --follow`")
@@ -267,7 +272,7 @@ def dictionaries(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False)
                     d.d_sae,
                     d.activation,
                     d.alignment,
-                    _number(d.metrics.fvu),
+                    number(d.metrics.fvu),
                     d.name,
                 )
                 for d in found
@@ -308,34 +313,18 @@ def env(ctx: typer.Context) -> None:
 def list_keys(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List the API keys of this project, without their secrets."""
     found = _client(ctx).keys()
-    if as_json:
-        show_json(found)
-    else:
-        show_table(
-            ("ID", "NAME", "SCOPES", "CREATED", "EXPIRES", "REVOKED"),
-            (
-                (
-                    k.id,
-                    k.name,
-                    " ".join(k.scopes),
-                    moment(k.created_at),
-                    moment(k.expires_at),
-                    moment(k.revoked_at),
-                )
-                for k in found
-            ),
-        )
+    show_json(found) if as_json else show_keys(found)
 
 
 @keys_app.command("issue", epilog="Example: `gnomon keys issue laptop --scope read --scope write`")
 def issue_key(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="What the key is for.")],
-    scope: Annotated[list[str] | None, typer.Option(help="What it may do; give it once per scope.")] = None,
+    scope: Scopes = None,
     expires_in_s: Annotated[int | None, typer.Option(min=1, help="Seconds until it expires.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an API key over REST and print it: the only time it is shown."""
+    """Make an API key over REST, with a key of scope admin, and print it: the only time it is shown."""
     options: dict[str, Any] = {"scopes": tuple(scope)} if scope else {}
     made = _client(ctx).create_key(name, expires_in_s=expires_in_s, **options)
     show_json(made) if as_json else show_line(made.key)
@@ -375,66 +364,9 @@ def _read_spec(file: typer.FileText) -> dict[str, Any]:
     return content
 
 
-def _queue_text(found: Job) -> str | None:
-    if found.queue is None:
-        return found.leave_why and f"asked to leave: {found.leave_why}"
-    place = "" if found.queue.position is None else f"place {found.queue.position}: "
-    return f"{place}{found.queue.message}"
-
-
-def _devices_text(found: Job) -> str | None:
-    if not found.n_devices:
-        return None
-    mesh = "" if found.mesh is None else f", mesh {found.mesh[0]} x {found.mesh[1]}"
-    left = "" if found.remaining_s is None else f"; {span_text(found.remaining_s)} left of this phase"
-    return f"{found.n_devices} device{'s' if found.n_devices > 1 else ''}{mesh}{left}"
-
-
-def _show_job(found: Job) -> None:
-    result = found.result or {}
-    made = read_result(found) if result else None
-    variants = made.dictionaries if isinstance(made, TrainResult) else {}
-    if variants:  # those of the first are in the table, too
-        result = {name: value for name, value in result.items() if name not in ("metrics", "dictionary_id")}
-    show_pairs(
-        [
-            ("id", found.id),
-            ("name", found.name),
-            ("kind", found.kind),
-            ("state", found.state),
-            ("class", f"{found.job_class}, priority {found.priority}"),
-            ("queue", _queue_text(found)),
-            ("runs on", _devices_text(found)),
-            ("attempt", f"{found.attempt} of {found.max_attempts}"),
-            ("created", moment(found.created_at)),
-            ("started", moment(found.started_at)),
-            ("finished", moment(found.finished_at)),
-            ("waits for", ", ".join(found.depends_on)),
-            ("progress", progress_text(found)),
-            ("error", f"{found.error.message} ({found.error.code})" if found.error else None),
-            *((name, value) for name, value in result.items() if name not in ("metrics", "dictionaries", "run")),
-            ("ran on", ran_on_text(made)),
-            *((result.get("metrics") or {}).items()),
-        ]
-    )
-    if variants:
-        show_table(
-            ("VARIANT", "DICTIONARY", "FVU", "L0", "DEAD"),
-            ((name, each.dictionary_id, *_columns(each.metrics)) for name, each in variants.items()),
-        )
-
-
-def _columns(metrics: DictionaryMetrics) -> tuple[str, ...]:
-    return _number(metrics.fvu), _number(metrics.l0), _number(metrics.dead_fraction)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
 def _missing_extra(error: ModuleNotFoundError) -> GnomonError:
     return GnomonError(
         f"this command runs the service, which is not installed here (no module {error.name!r}): "
-        "pip install 'gnomon[all]'",
+        f"{how_to_install('all')}",
         code="missing_extra",
     )

@@ -38,6 +38,11 @@ class GnomonError(Exception):
         """Machine-readable facts beside the message; JSON-serialisable."""
 
 
+def how_to_install(extra: str) -> str:
+    """What to do where an extra is missing; Gnomon is installed from a checkout."""
+    return f"in your checkout of Gnomon, pip install '.[{extra}]'"
+
+
 class InvalidRequest(GnomonError):
     """The request can never succeed as written."""
 

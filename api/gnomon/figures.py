@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-import plotly.graph_objects as go
-from plotly.colors import DEFAULT_PLOTLY_COLORS
-from plotly.subplots import make_subplots
-
-from gnomon.errors import NotFound
+from gnomon.errors import NotFound, how_to_install
 from gnomon.events import TrainingMeasured
 from gnomon.metrics import DictionaryMetrics
 from gnomon.resources import Event
+
+try:
+    import plotly.graph_objects as go
+    from plotly.colors import DEFAULT_PLOTLY_COLORS
+    from plotly.subplots import make_subplots
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"figures need plotly ({error}): {how_to_install('viz')}", name=error.name) from error
 
 _CURVES = {
     "fvu": "FVU (batch)",

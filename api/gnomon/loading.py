@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from gnomon.claims import claim, make_claimed, release
 from gnomon.client import Client
-from gnomon.errors import GnomonError, InvalidRequest, Unavailable
+from gnomon.errors import GnomonError, InvalidRequest, Unavailable, how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def load(
         from gnomon.dictionary import load_folder
     except ImportError as error:
         raise InvalidRequest(
-            f"loading a dictionary needs torch and safetensors ({error}): pip install 'gnomon[torch]'",
+            f"loading a dictionary needs torch and safetensors ({error}): {how_to_install('torch')}",
             code="missing_extra",
         ) from error
     if isinstance(path_or_id, str) and _ID.fullmatch(path_or_id):

@@ -5,6 +5,8 @@ A number that was not measured, or means nothing where it would stand, is None, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Self, cast
 
 from pydantic import GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
@@ -15,7 +17,7 @@ from gnomon.specs.base import Document
 
 
 class Measured(Document):
-    """Base of all that may have gaps: in JSON, what is None is not there."""
+    """Base of all that may have gaps: in JSON, and where it is shown, what is None is not there."""
 
     def known(self) -> dict[str, Any]:
         """What was measured, by name."""
@@ -24,6 +26,9 @@ class Measured(Document):
     def also(self, other: Self) -> Self:
         """This, and what the other knows besides, or knows better."""
         return type(self)(**{**self.known(), **other.known()})
+
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        return [(name, _rounded(value)) for name, value in self.known().items()]
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -102,12 +107,40 @@ class Histogram(Document):
     edges: tuple[float, ...]
     counts: tuple[float, ...]
 
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        return _spread(self.edges, self.counts)
+
 
 class DensityHistogram(Document):
     """Features by the decimal logarithm of how often they fire; those that never do are left out."""
 
     log10_edges: tuple[float, ...]
     counts: tuple[float, ...]
+
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        return _spread(self.log10_edges, self.counts)
+
+
+def _spread(edges: Sequence[float], counts: Sequence[float]) -> list[tuple[str, Any]]:
+    """The gist of a histogram, in place of its hundred numbers: how many, and from where to where."""
+    filled = [index for index, count in enumerate(counts) if count]
+    if not filled or len(edges) != len(counts) + 1:
+        return [("count", _rounded(sum(counts)))]
+    half = next(index for index, so_far in enumerate(accumulate(counts)) if so_far >= sum(counts) / 2)
+    found = {
+        "count": sum(counts),
+        "low": edges[filled[0]],
+        "median": (edges[half] + edges[half + 1]) / 2,
+        "high": edges[filled[-1] + 1],
+    }
+    return [(name, _rounded(value)) for name, value in found.items()]
+
+
+def _rounded(value: Any) -> Any:
+    """A value with at most six digits of each number in it."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 class AlignmentMetrics(Measured):
@@ -132,6 +165,9 @@ class AlignmentMetrics(Measured):
     """Mean cosine between encoder and decoder of a feature."""
     mean_encoder_norm: float
     histogram: Histogram
+
+    def __str__(self) -> str:
+        return f"{self.min:.7f} to {self.max:.7f}, median {self.median:.7f}"
 
 
 class RowFvu(Measured):

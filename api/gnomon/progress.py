@@ -1,11 +1,12 @@
-"""Progress of jobs for people: bars on a terminal, a line per phase elsewhere."""
+"""Progress of jobs for people: bars on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -13,6 +14,9 @@ from rich.text import Text
 
 from gnomon.events import TERMINAL_STATES, Progressed, StateChanged, TrainingMeasured
 from gnomon.resources import Event, Job
+
+LINE_S: Final = 10.0
+"""Between two lines of one phase."""
 
 
 class Display(Protocol):
@@ -50,11 +54,13 @@ def make_display(progress: bool, console: Console | None = None) -> AbstractCont
 
 
 class Lines:
-    """A line when a job or a phase begins and ends: for logs and pipes."""
+    """A line when a job or a phase begins and ends, and some between: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._phase = ""
+        self._is_full = False
+        self._printed_at = 0.0
         self._is_told = False
 
     def begin(self, _: Job, /) -> None:
@@ -62,16 +68,22 @@ class Lines:
         self._phase, self._is_told = "", False
 
     def show(self, job: Job, event: Event) -> None:
-        """Print state changes and the first and last progress of each phase."""
+        """Print state changes, and of each phase the first progress, the last, and one every LINE_S."""
         told = event.told
         if isinstance(told, StateChanged):
             self._is_told = told.to in TERMINAL_STATES
             self._print(job, _state_text(event, told))
-        elif isinstance(told, Progressed):
-            phase = _phase(told)
-            if phase != self._phase or (told.total is not None and told.done == told.total):
-                self._phase = phase
-                self._print(job, f"{phase} {_amount(told)}")
+        elif isinstance(told, Progressed) and self._is_due(told):
+            self._print(job, f"{_phase(told)} {_amount(told)}")
+
+    def _is_due(self, told: Progressed) -> bool:
+        """Whether there is to be a line: not twice for a phase that is complete."""
+        now, is_full = time.monotonic(), told.total is not None and told.done >= told.total
+        is_pause_over = now - self._printed_at >= LINE_S
+        if _phase(told) == self._phase and (self._is_full or not (is_full or is_pause_over)):
+            return False
+        self._phase, self._is_full, self._printed_at = _phase(told), is_full, now
+        return True
 
     def end(self, job: Job) -> None:
         """Print how it ended, where no event has told, and why it failed."""

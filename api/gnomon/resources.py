@@ -189,6 +189,8 @@ class Job(Document):
     finished_at: datetime | None = None
     depends_on: tuple[str, ...] = ()
     """Jobs that must succeed first."""
+    made_for: str | None = None
+    """Of a harvest that nobody asked for by itself: the job that needs it."""
     progress: Progressed | None = None
     """Where a running job is."""
     error: JobError | None = None

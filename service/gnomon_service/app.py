@@ -57,8 +57,8 @@ def make_app(settings: Settings) -> FastAPI:
     app.state.services = services
     app.state.metrics = Metrics()
     app.state.submits = jobs.limit_submits()
-    app.state.dispatcher_check = health.Check()
-    app.state.store_check = health.Check()
+    app.state.dispatcher_check = health.Check[health.Seen]()
+    app.state.store_check = health.Check[str]()
     for routes in (project, jobs, plans, activations, dictionaries, keys, cluster, health):
         app.include_router(routes.router)
     add_problem_handlers(app)

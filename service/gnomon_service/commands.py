@@ -29,7 +29,12 @@ db_app = typer.Typer(no_args_is_help=True, help="The database, on its host.")
 app.add_typer(keys_app, name="keys")
 app.add_typer(db_app, name="db")
 
-Home = Annotated[Path | None, typer.Option(help="Folder of database, store and logs; default ~/.gnomon.")]
+Home = Annotated[
+    Path | None, typer.Option(help="Folder of database, store, logs; default GNOMON_HOME, else ~/.gnomon.")
+]
+Scopes = Annotated[
+    list[str] | None, typer.Option(help="read, write or admin; once per scope. Default: read and write.")
+]
 Project = Annotated[str, typer.Option(help="Whose key it is; projects do not see each other.")]
 
 
@@ -62,9 +67,20 @@ def up(
             typer.echo(f"The API key is in {settings.home / CLIENT_FILE}; `gnomon` and the SDK find it there")
             typer.echo(f"Logs are in {settings.home / 'logs'}; Ctrl-C stops everything")
             sys.stdout.flush()
-            threading.Event().wait()
+            _wait_for_the_end(settings)
     except KeyboardInterrupt:
         typer.echo("Stopped")
+
+
+def _wait_for_the_end(settings: Settings) -> None:
+    """Wait for Ctrl-C or SIGTERM, and say at once that it was heard: to stop takes a while."""
+    try:
+        threading.Event().wait()
+    except (KeyboardInterrupt, SystemExit):
+        jobs = "are queued again, and go on at the next start" if settings.ray_address is None else "go on"
+        typer.echo(f"Stopping: running jobs {jobs} ...")
+        sys.stdout.flush()
+        raise
 
 
 @app.command()
@@ -144,11 +160,11 @@ def dispatcher(
 def create_key(
     name: Annotated[str, typer.Argument(help="A label for people.")] = "host",
     project: Project = "default",
-    scope: Annotated[list[str] | None, typer.Option(help="read, write or admin; once per scope.")] = None,
+    scope: Scopes = None,
     expires_in_s: Annotated[int | None, typer.Option(min=1, help="Seconds until it expires.")] = None,
     home: Home = None,
 ) -> None:
-    """Make an API key and print it: the only time it is shown."""
+    """Make an API key in the database, on the service's host, and print it: the only time it is shown."""
     from gnomon_service.tenancy.keys import Keys
 
     _, database = _open_database(home)
@@ -159,13 +175,18 @@ def create_key(
 
 
 @db_app.command("list-keys", epilog="For the host, with the API down; `gnomon keys list` asks the API.")
-def list_keys(project: Project = "default", home: Home = None) -> None:
+def list_keys(
+    project: Project = "default",
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
     """List the API keys of a project, without their secrets."""
+    from gnomon._screen import show_json, show_keys
     from gnomon_service.tenancy.keys import Keys
 
     _, database = _open_database(home)
-    for key in Keys(database).list(project):
-        typer.echo(key.model_dump_json())
+    found = Keys(database).list(project)
+    show_json(found) if as_json else show_keys(found)
     database.close()
 
 

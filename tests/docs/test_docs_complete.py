@@ -144,4 +144,4 @@ def test_every_block_of_the_readme_is_run_or_has_a_reason_not_to_be() -> None:
     code = [(name, text) for name, language, text in blocks() if language in ("bash", "python")]
     unnamed = {text.splitlines()[0] for name, text in code if not name}
     assert unnamed == set(NOT_RUN)
-    assert {name for name, _ in code if name} == {"cli", "curl", "curl-events", "sdk"}
+    assert {name for name, _ in code if name} == {"cli", "curl", "curl-events", "figures", "sdk"}

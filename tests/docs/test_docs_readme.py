@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ class Reader:
             "MODEL": str(self.home / "inputs/model"),
             "CORPUS": str(self.home / "inputs/corpus.jsonl"),
             "HOOK": HOOK,
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         }
         return subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True)
 
@@ -92,8 +94,15 @@ def test_sdk_trains_and_loads_a_dictionary(reader: Reader, curl_job: str) -> Non
     lines = reader.python("-c", example("sdk")).splitlines()
     assert lines[-1] == "torch.Size([1024, 128])"
     assert 0 < float(lines[-2].split()[0]) < 1
+    assert re.search(r" [\d.]+ to [\d.]+, median [\d.]+$", lines[-2])
     (job,) = (job for job in reader.client.jobs() if job.name == "second")
     assert job.state == "succeeded"
+
+
+def test_figures_are_drawn(reader: Reader, curl_job: str) -> None:
+    reader.client.job(curl_job).wait()
+    reader.python("-c", example("figures"))
+    assert all("plotly" in (reader.home / f"{name}.html").read_text() for name in ("training", "alignment"))
 
 
 def test_cli_trains_lists_and_downloads(reader: Reader, curl_job: str) -> None:

@@ -315,13 +315,20 @@ def test_bad_documents_are_counted_alike_by_every_attempt(inputs: Path, ray_clus
         place = Path(open_store(assignment).location.path)
         (place / "manifest.json").unlink()
         (place / "segments" / "part-00000.json").unlink()
-    wanted = ("'bad.jsonl' line 3 is not JSON", "'bad.jsonl' line 302 holds a int", "'bad.jsonl' line 603 has no field")
+    wanted = (
+        "'bad.jsonl' line 3 is not JSON",
+        "'bad.jsonl' line 302 holds a number",
+        "'bad.jsonl' line 603 has no field",
+    )
     for result in results:
         assert result["n_bad_documents"] == 3
         assert all(map(str.startswith, result["bad_documents"], wanted))
     assert results[1]["n_tokens"] < results[0]["n_tokens"]
     assert manifest.text["n_bad_documents"] == 3
     assert len(told(reporter, "3 bad documents are passed over: 'bad.jsonl' line 3 is not JSON")) == 2
+    n_rows, n_held_out = manifest.n_rows, manifest.n_held_out_rows
+    says = f"tokens: the store has {n_rows} rows, and {n_held_out} held out"
+    assert len(told(reporter, "of token_budget=1000000 " + says)) == 2
     few = make_spec(tmp_path / "in", text=[{**source, "max_bad_documents": 2}], token_budget=10**6)
     with pytest.raises(InvalidRequest, match=r"'bad.jsonl' line 603 .* bad document number 3") as caught:
         run_harvest(assign(tmp_path / "in", tmp_path, few), Reporter())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -13,17 +14,22 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import update
 
+from gnomon.errors import GnomonError, StoreUnavailable, Unavailable
 from gnomon_service import storage_root
-from gnomon_service.db.engine import Database
+from gnomon_service.db.engine import Database, database_now
+from gnomon_service.db.tables import cluster
 from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.rest.event_stream import EventStream
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_service.rest.routes import health
 from gnomon_service.tenancy.keys import Keys
 from gnomon_storage.location import Location
+from gnomon_workers.runtime.protocol import ClusterSnapshot
 from tests.support.service_api import Service, expect_problem, running_service
 from tests.support.service_jobs import DICTIONARY_RECORD, stored, train_spec
+from tests.unit.test_spec_problems import TRAIN, WRONG
 
 
 @pytest.fixture
@@ -368,9 +374,18 @@ def test_bad_fields_are_named_as_the_user_wrote_them(service: Service, path: str
     assert service.count_jobs() == 0
 
 
+@pytest.mark.parametrize("case", WRONG)
+def test_the_service_says_of_a_spec_what_the_sdk_says(service: Service, case: str) -> None:
+    change, says = WRONG[case]
+    answer = service.client().post("/v1/jobs", json={"spec": TRAIN | change})
+    assert expect_problem(answer, 422, "invalid_spec")["detail"].startswith(f"spec.{says}")
+
+
 def test_fields_beside_the_spec_are_refused_too(service: Service) -> None:
     answer = service.client().post("/v1/jobs", json={"spec": service.harvest(), "owner": "me"})
     assert expect_problem(answer, 422, "invalid_spec")["errors"][0]["path"] == "owner"
+    answer = service.client().post("/v1/keys", json={"name": "k", "scope": ["read"]})
+    assert "scope is not a field; did you mean 'scopes'?" in expect_problem(answer, 422, "invalid_spec")["detail"]
 
 
 def test_a_transcoder_with_alignment_is_refused_by_name(service: Service) -> None:
@@ -495,10 +510,50 @@ def test_health_readiness_and_metrics(service: Service) -> None:
         "database": "ok",
         "store": "ok",
         "dispatcher": "never seen",
+        "dispatcher_age_s": None,
     }
     metrics = service.client().get("/metrics").text
     assert 'gnomon_jobs{kind="harvest",state="queued"} 1.0' in metrics
     assert 'gnomon_requests_total{method="POST",route="/v1/jobs",status="201"} 1.0' in metrics
+
+
+def test_it_is_told_when_a_dispatcher_was_last_seen(service: Service) -> None:
+    Observations(service.bench.database).note(ClusterSnapshot(n_cpus=4, n_gpus=0, n_nodes=1))
+    fresh = service.client("").get("/readyz").json()
+    assert fresh["dispatcher"] == "ok" and 0 <= fresh["dispatcher_age_s"] < 30
+    with service.bench.database.write() as connection:
+        connection.execute(update(cluster).values(dispatcher_at=database_now() - 100))
+    stale = service.client("").get("/readyz").json()
+    assert stale["dispatcher_age_s"] == pytest.approx(100, abs=20)
+    assert stale["dispatcher"] == f"not seen for {stale['dispatcher_age_s']:.0f} s"
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (Unavailable("read again", code="still_reading", so_far_s=3), logging.INFO),
+        (Unavailable("too many", code="busy"), logging.INFO),
+        (Unavailable("the database broke", code="database_unavailable"), logging.ERROR),
+        (StoreUnavailable("no answer"), logging.ERROR),
+        (GnomonError("a fault"), logging.ERROR),
+    ],
+)
+def test_only_faults_of_the_service_are_logged_with_their_trace(
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: GnomonError,
+    level: int,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(service.app.state.services.inspector, "harvest", fail)
+    caplog.set_level(logging.INFO)
+    answer = service.client().post("/v1/jobs", json={"spec": service.harvest()})
+    assert (answer.status_code, answer.json()["code"]) == (error.status, error.code)
+    (record,) = [record for record in caplog.records if record.name == "gnomon_service.rest.problems"]
+    assert (record.levelno, record.exc_info is not None) == (level, level == logging.ERROR)
 
 
 def test_a_store_that_is_gone_makes_the_service_not_ready(service: Service) -> None:

@@ -186,6 +186,20 @@ def test_resuming_a_training_resumes_the_harvest_that_it_needs(bench: Bench) -> 
     assert bench.claim().lease.job_id == job.id
 
 
+@pytest.mark.parametrize("code", ["bad_text", "empty_corpus", "too_many_bad_documents", "unknown_field"])
+def test_a_harvest_that_its_text_ended_is_submitted_again_and_not_resumed(bench: Bench, code: str) -> None:
+    training = bench.submit(train_spec())
+    harvest = bench.claim().lease
+    bench.leases.fail(harvest, code=code, message="'a.jsonl' line 6 is wrong")
+    bench.release()
+    for job_id in (harvest.job_id, training.id):
+        with pytest.raises(Conflict, match=r"line 6 is wrong; mend the text .* submit it again") as caught:
+            bench.queue.resume(PROJECT, job_id)
+        assert caught.value.code == "not_resumable"
+        assert bench.job(job_id).state == "failed"
+    assert bench.store_row().state == "failed"
+
+
 def test_a_harvest_that_another_job_does_by_now_is_not_resumed(bench: Bench) -> None:
     first = bench.submit()
     bench.leases.fail(bench.claim().lease, code="x", message="y")

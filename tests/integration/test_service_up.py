@@ -119,6 +119,8 @@ def test_up_sweeps_what_a_killed_one_left_and_keeps_key_and_database(up: Up) -> 
         again.process.send_signal(signal.SIGINT)
         again.process.wait()
     assert again.process.returncode == 0
+    said = (up.home / "up.log").read_text()
+    assert -1 < said.find("Stopping: running jobs are queued again") < said.find("Stopped")
     assert again.processes() == []
 
 

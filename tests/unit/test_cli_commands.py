@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,11 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from gnomon import _steering_commands, cli
-from gnomon_service import commands
+from gnomon.metrics import DensityHistogram, DictionaryMetrics, Histogram, RowFvu
+from gnomon.specs import JobRequest
+from gnomon_service import commands, logs
+from gnomon_service.local import embedded
+from tests.support.metrics import make_alignment
 from tests.support.sdk_server import (
     HARVEST,
     HARVEST_RESULT,
@@ -182,6 +187,34 @@ def test_job_with_variants_shows_each_dictionary(run: Run) -> None:
     assert out.count("dict_a") == 1
 
 
+def test_job_shows_the_gist_of_its_metrics_and_all_of_them_as_json(run: Run) -> None:
+    many = tuple(n / 81 for n in range(82))
+    metrics = DictionaryMetrics(
+        fvu=0.18123456789,
+        n_tokens=2048,
+        density_histogram=DensityHistogram(log10_edges=many, counts=tuple(range(81))),
+        row_fvu=RowFvu(p10=0.123456789, median=0.5, p90=1.0),
+        alignment=make_alignment(histogram=Histogram(edges=many, counts=(1.0,) * 81)),
+        tokens_per_s={"train": 4321.987654, "harvest": None},
+    ).model_dump(mode="json")
+    result = {"dictionary_id": "dict_a", "store_id": "act_a", "n_steps": 7, "metrics": metrics}
+    found = job(kind="train", state="succeeded", result=result)
+    _, out, _ = run(f"job {JOB_ID}", answer(found))
+    lines = {line.split()[0]: line.split(None, 1)[1].strip() for line in out.splitlines()}
+    assert lines["fvu"] == "0.181235" and lines["dictionary_id"] == "dict_a" and lines["n_steps"] == "7"
+    assert lines["density_histogram"] == "count=3240.0 low=0.0123457 median=0.709877 high=1.0"
+    assert lines["alignment"] == "1.0000000 to 1.0000000, median 1.0000000"
+    assert lines["row_fvu"] == "p10=0.123457 median=0.5 p90=1.0"
+    assert lines["tokens_per_s"] == "{train=4321.99, harvest=None}"
+    assert max(map(len, out.splitlines())) < 120
+    assert json.loads(run(f"job {JOB_ID} --json", answer(found))[1])["result"]["metrics"] == metrics
+
+
+def test_a_harvest_that_nobody_named_is_listed_with_the_job_that_needs_it(run: Run) -> None:
+    _, out, _ = run("jobs", answer({"items": [job(made_for="job_x"), job(name="mine", made_for="job_x"), job()]}))
+    assert [line.split()[5:] for line in out.splitlines()[1:]] == [["for", "job_x"], ["mine"], []]
+
+
 def test_text_from_elsewhere_cannot_drive_the_terminal(run: Run) -> None:
     _, out, _ = run("jobs", answer({"items": [job(name="\x9b31m\u202eevil")]}))
     assert "\x9b" not in out
@@ -190,11 +223,13 @@ def test_text_from_elsewhere_cannot_drive_the_terminal(run: Run) -> None:
 
 
 def test_logs_are_one_line_each(run: Run) -> None:
-    page = {"items": [event(1, "log", message="resuming\nfrom step 5"), event(2), event(3, "metrics", loss=0.25)]}
+    times = {"gemm": 1 / 3, "parts": [2 / 3, 5]}
+    measured = event(3, "metrics", loss=0.25, times_s=times)
+    page = {"items": [event(1, "log", message="resuming\nfrom step 5"), event(2), measured]}
     code, out, _ = run(f"logs {JOB_ID}", answer(page))
     assert code == 0
     assert len(out.splitlines()) == 2
-    assert "loss=0.25" in out
+    assert "loss=0.25 times_s={gemm=0.333333, parts=[0.666667, 5]}" in out
     assert len(run(f"logs {JOB_ID} --all", answer(page))[1].splitlines()) == 3
 
 
@@ -387,16 +422,16 @@ sys.exit(run(sys.argv[1:]))
 @pytest.mark.parametrize("command", ["up", "api", "dispatcher", "demo"])
 def test_service_commands_say_what_to_install(command: str, tmp_path: Path) -> None:
     line = [sys.executable, "-c", BLOCKED, command]
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'gnomon[all]'" in done.stderr
+    assert "in your checkout of Gnomon, pip install '.[all]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_sdk_commands_work_without_the_service(tmp_path: Path) -> None:
     line = [sys.executable, "-c", BLOCKED, "--help"]
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin"}
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert "submit" in done.stdout
@@ -420,9 +455,51 @@ def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path)
         return result.stdout
 
     key_id = host("keys", "create", "laptop").split("_")[1]
-    assert json.loads(host("db", "list-keys"))["revoked_at"] is None
+    titles, row = host("db", "list-keys").splitlines()
+    assert titles.split() == ["ID", "NAME", "SCOPES", "CREATED", "EXPIRES", "REVOKED"]
+    assert row.split()[:4] == [key_id, "laptop", "read", "write"]
+    assert json.loads(host("db", "list-keys", "--json"))[0]["revoked_at"] is None
     assert host("db", "revoke-key", key_id) == f"{key_id} is revoked\n"
-    assert json.loads(host("db", "list-keys"))["revoked_at"] is not None
+    assert json.loads(host("db", "list-keys", "--json"))[0]["revoked_at"] is not None
+
+
+def test_stopping_is_said_before_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        url = "http://127.0.0.1:1"
+
+        def __init__(self, _: object) -> None: ...
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            print("the children end")
+
+    class Interrupted:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "Embedded", Slow)
+    monkeypatch.setattr("gnomon_service.commands.threading.Event", Interrupted)
+    monkeypatch.setattr(logs, "setup_logging", lambda *_: None)
+    said = CliRunner().invoke(commands.app, ["up", "--home", str(tmp_path)]).stdout.splitlines()
+    assert said[-3:] == [
+        "Stopping: running jobs are queued again, and go on at the next start ...",
+        "the children end",
+        "Stopped",
+    ]
+
+
+def test_help_states_the_defaults_that_hold() -> None:
+    submit: Any = typer.main.get_group(cli.app).commands["submit"]
+    options = {option.name: option.help for option in submit.params}
+    for name in ("priority", "max_attempts"):
+        assert f"default {JobRequest.model_fields[name].default}." in options[name]
+    for host, path in ((cli.app, ["keys", "issue"]), (commands.app, ["keys", "create"])):
+        group: Any = typer.main.get_group(host)
+        for name in path:
+            group = group.commands[name]
+        assert "Default: read and write" in next(option.help for option in group.params if option.name == "scope")
 
 
 @pytest.mark.parametrize(

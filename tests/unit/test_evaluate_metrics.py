@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from gnomon_workers.evaluate.job import warn_of_few_rows
+from gnomon.specs import Evaluation
+from gnomon_workers.evaluate.job import tell_of_short_store, warn_of_few_rows
 from gnomon_workers.evaluate.metrics import CoreSums, alignment_metrics, density_histogram, sarle_coefficient, total
 from gnomon_workers.runtime.reporting import Reporter
+from tests.support.activation_stores import make_counted_store
 
 MEAN = torch.tensor(3.0)
 """Of the activations of `batch`."""
@@ -67,6 +71,19 @@ def test_a_few_long_rows_do_not_hide_how_the_others_are_reconstructed() -> None:
     reporter = Reporter()
     warn_of_few_rows(metrics, reporter)
     assert "a few activations carry most of the variance" in reporter.after(0)[0].data["message"]
+
+
+def test_what_the_store_lacks_of_the_text_asked_for_is_said(tmp_path: Path) -> None:
+    store, reporter = make_counted_store(tmp_path), Reporter()  # 60 rows of 20 contexts are held out
+    for evaluation in (Evaluation(n_tokens=256, n_ce_tokens=256), Evaluation(n_tokens=300, ce=False)):
+        tell_of_short_store(store, evaluation, reporter, has_logits=True)
+    assert [report.data["message"] for report in reporter.after(0)] == [
+        f"evaluated on {said}: the store holds out no more"
+        for said in (
+            "60 of n_tokens=256 activations and 80 of n_ce_tokens=256 tokens of text",
+            "60 of n_tokens=300 activations",
+        )
+    ]
 
 
 def test_joined_hooks_have_an_fvu_each() -> None:

@@ -12,11 +12,13 @@ import pytest
 
 from gnomon.specs import Dtype, HarvestSpec, TextSource
 from gnomon_storage.location import Location
-from gnomon_storage.manifest import Split
+from gnomon_storage.manifest import SegmentCommit, Split
 from gnomon_storage.writing import SegmentWriter
+from gnomon_workers.harvest.job import warn_of_short_text
 from gnomon_workers.harvest.readers import text_bytes
 from gnomon_workers.harvest.room import expected_tokens, needed_bytes, store_size
 from gnomon_workers.harvest.text import resolve_text
+from gnomon_workers.runtime.reporting import Reporter
 
 
 def spec(**changes: Any) -> HarvestSpec:
@@ -35,6 +37,21 @@ def test_rows_columns_and_contexts_are_counted(dtype: str, n_bytes: int) -> None
 def test_a_budget_beyond_the_text_is_not_counted() -> None:
     assert expected_tokens(spec(token_budget=10**12), 1000, 4000, 40_000) == 10_000
     assert expected_tokens(spec(token_budget=2000), 1000, 4000, 40_000) == 2000
+
+
+@pytest.mark.parametrize(("n_tokens", "is_told"), [(100, True), (900, True), (901, False), (1000, False)])
+def test_a_text_that_ends_before_the_budget_is_told_of(n_tokens: int, is_told: bool) -> None:
+    fields: dict[str, Any] = {"name": "part-00000", "index": 0, "attempt": 1, "n_contexts": 9, "chunk_rows": 1}
+    fields |= {"files": {}, "sums": {}}
+    halves = [
+        SegmentCommit(split="segments", n_rows=70, n_tokens=n_tokens - 40, **fields),
+        SegmentCommit(split="held_out", n_rows=30, n_tokens=40, **fields),
+    ]
+    reporter = Reporter()
+    warn_of_short_text(spec(token_budget=1000), halves, reporter)
+    said = [report.data["message"] for report in reporter.after(0)]
+    assert len(said) == is_told
+    assert all(f"after {n_tokens} of token_budget=1000 tokens: the store has 70 rows, and 30" in each for each in said)
 
 
 def test_the_bytes_of_a_text_are_those_of_its_column(tmp_path: Path) -> None:

@@ -101,9 +101,18 @@ def test_stars_cost_nothing(tmp_path: Path) -> None:
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', "bad_text", "'x.jsonl' line 2"),
         ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "unknown_field", "line 2 has no field 'text'; it has 'body'"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad_text", "line 2 is not UTF-8: byte 0xff"),
-        ("x.jsonl", b'{"text": 5}\n', "bad_text", "line 1 holds a int, wanted text"),
-        ("x.json", b'{"text": ', "bad_text", "is not JSON"),
-        ("x.json", b"5", "bad_text", "wanted a list"),
+        ("x.jsonl", b'{"text": 5}\n', "bad_text", "line 1 holds a number, wanted text"),
+        ("x.json", b'{"text": ', "bad_text", "'x.json' line 1 is not JSON: Expecting value at column 10"),
+        ("x.json", b'["a",\n "\t"]', "bad_text", "'x.json' line 2 is not JSON: Invalid control character at column 3"),
+        (
+            "x.jsonl",
+            b'"a"\n{"text": "a\tb"}\n',
+            "bad_text",
+            "line 2 is not JSON: Invalid control character at column 12",
+        ),
+        ("x.jsonl", b'"a"\n"b"\n{"text": \n', "bad_text", "line 3 is not JSON: Expecting value at column 11"),
+        ("x.jsonl", b'{"text": [1]}\n', "bad_text", "line 1 holds a list, wanted text"),
+        ("x.json", b"5", "bad_text", "'x.json' holds a number, wanted a list"),
         ("x.json", b'["a", {"b": 1}]', "unknown_field", "item 1 has no field 'text'"),
         ("x.json", b"[" * 100_000, "bad_text", "is not JSON"),
         ("x.txt", b"\xff\xfe", "bad_text", "is not UTF-8"),
@@ -116,6 +125,15 @@ def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: bytes, code: 
         documents(tmp_path, TextSource(url=str(tmp_path / name)))
     assert caught.value.code == code
     assert says in caught.value.message
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text('{"text": "good"}\n' + ("{}\n" if name == "b" else ""))
+    with pytest.raises(InvalidRequest) as caught:
+        documents(tmp_path, TextSource(url=f"{tmp_path}/*/x.jsonl"))
+    assert f"{tmp_path}/b/x.jsonl' line 2 has no field" in caught.value.message
 
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
@@ -134,7 +152,7 @@ def test_a_repeated_value_of_parquet_is_held_once(tmp_path: Path) -> None:
     assert len(next(found)) == 1 << 19
     assert pa.total_allocated_bytes() - before < 64 << 20
     assert sum(1 for _ in found) == 4095
-    with pytest.raises(InvalidRequest, match="row 0 holds a int, wanted text"):
+    with pytest.raises(InvalidRequest, match="row 0 holds a number, wanted text"):
         documents(tmp_path, TextSource(url=str(tmp_path / "x.parquet"), field="n"))
 
 

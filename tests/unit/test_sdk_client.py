@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import time
 from typing import Any
 
 import httpx2
@@ -18,7 +19,7 @@ import gnomon.metrics
 import gnomon.plans
 import gnomon.resources
 import gnomon.specs
-from gnomon import errors
+from gnomon import _http, errors
 from gnomon._http import translated_errors
 from gnomon.async_client import AsyncClient, AsyncJobHandle, AsyncRemoteDictionary
 from gnomon.client import Client, JobHandle, RemoteDictionary
@@ -107,13 +108,21 @@ def test_submit_is_repeated_with_the_same_key_when_the_answer_is_lost(fault: Any
     assert len(keys) == 1
 
 
-def test_submit_waits_while_the_service_reads_what_it_names(caplog: pytest.LogCaptureFixture) -> None:
+def test_submit_waits_while_the_service_reads_what_it_names(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More often than anything else is repeated: a large model takes minutes, and the service does the waiting."""
-    script = Script(*[problem(503, "still_reading", "has been reading for 20 s") for _ in range(9)], answer(job(), 201))
+    monkeypatch.setattr(_http, "READING_PAUSE_S", 0.02)
+    reading = [problem(503, "still_reading", "send the same request again", so_far_s=20 * n) for n in range(1, 10)]
+    script, began = Script(*reading, answer(job(), 201)), time.monotonic()
     assert client_of(script).submit(HARVEST).id == JOB_ID
+    assert time.monotonic() - began >= 9 * 0.02, "an answer at once is not asked for again at once"
     assert len({request.headers["Idempotency-Key"] for request in script.requests}) == 1
     assert script.is_over
-    assert caplog.messages == ["has been reading for 20 s"] * 9
+    assert caplog.messages == [
+        f"the service is still reading the model and text of the request, for {20 * n} s so far; waiting"
+        for n in range(1, 10)
+    ]
 
 
 def test_making_a_key_is_repeated_only_if_it_was_never_sent() -> None:

@@ -236,6 +236,25 @@ def test_bars_show_every_phase_and_the_metrics() -> None:
     assert "evaluate" in shown
 
 
+def test_lines_come_now_and_then_and_a_complete_phase_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase of a quarter of an hour is not silent where no one can see a bar, nor does it flood a log."""
+    now, screen = 1000.0, console(terminal=False)
+    monkeypatch.setattr("gnomon.progress.time.monotonic", lambda: now)
+    running = Job.read(job(state="running", kind="train"))
+    with make_display(True, screen) as display:
+        display.begin(running)
+        for phase in ("harvest", "train"):
+            for done in [*range(101), 100, 100]:
+                now += 0.5
+                told = {"phase": phase, "done": done, "total": 100, "unit": "tokens"}
+                display.show(running, Event.read(event(1, "progress", **told)))
+    lines = text_of(screen).splitlines()
+    assert len(lines) == 2 * (1 + 5)  # of 50 s each: the first, one every 10 s; the last of these is complete
+    assert [line.split(": ")[1] for line in lines[4:7]] == [
+        "harvest 80/100 tokens", "harvest 100/100 tokens", "train 0/100 tokens",
+    ]  # fmt: skip
+
+
 def test_bars_say_which_variant_is_meant() -> None:
     screen = console(terminal=True)
     running = Job.read(job(state="running", kind="train"))

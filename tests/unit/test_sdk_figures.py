@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import pytest
@@ -22,6 +24,14 @@ def metrics_event(number: int, step: int, fvu: float) -> Event:
     )  # fmt: skip
     data = event_json(told)
     return Event(id=number, job_id="j", attempt=1, kind="metrics", created_at=datetime.now(UTC), data=data)
+
+
+@pytest.mark.parametrize("block", ["import gnomon.figures", "import gnomon; gnomon.load('x')"])
+def test_what_is_missing_is_named_with_what_to_install(block: str) -> None:
+    hidden = "import sys\nfor name in ('plotly', 'torch', 'safetensors'): sys.modules[name] = None\n"
+    done = subprocess.run([sys.executable, "-c", hidden + block], capture_output=True, text=True)
+    extra = "viz" if "figures" in block else "torch"
+    assert f"in your checkout of Gnomon, pip install '.[{extra}]'" in done.stderr.splitlines()[-1]
 
 
 def test_histograms_show_every_bin() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from gnomon.errors import InvalidRequest
+from gnomon.specs.problems import plain_path
 from gnomon_service.jobs.ids import make_id
 from gnomon_service.logs import JsonFormatter
-from gnomon_service.rest.problems import plain_path
 from gnomon_service.settings import load_settings
 from gnomon_service.tenancy.keys import Principal
 

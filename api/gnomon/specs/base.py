@@ -10,7 +10,6 @@ from pydantic import (
     ConfigDict,
     GetJsonSchemaHandler,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -68,14 +67,14 @@ class Spec(Document):
         if isinstance(data, Mapping):
             for name, value in data.items():
                 field = cls.model_fields.get(name)
-                if isinstance(value, bool) and field is not None and bool not in _types(field.annotation):
+                if isinstance(value, bool) and field is not None and bool not in types_of(field.annotation):
                     raise ValueError(f"{name} is {str(value).lower()}, and no field that is true or false")
         return data
 
 
-def _types(annotation: Any) -> set[Any]:
+def types_of(annotation: Any) -> set[Any]:
     """The types that an annotation is made of."""
-    return {annotation}.union(*map(_types, get_args(annotation)))
+    return {annotation}.union(*map(types_of, get_args(annotation)))
 
 
 def unread_fields(data: Any, document: Any, path: str = "") -> Iterator[str]:
@@ -90,14 +89,3 @@ def unread_fields(data: Any, document: Any, path: str = "") -> Iterator[str]:
     elif isinstance(data, list | tuple) and isinstance(document, list | tuple):
         for index, (value, known) in enumerate(zip(data, document, strict=False)):
             yield from unread_fields(value, known, f"{path}.{index}")
-
-
-def explain(error: ValidationError) -> str:
-    """One line that names the fields that are wrong and how; at most five of them."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    parts = [
-        f"{'.'.join(str(part) for part in item['loc']) or 'body'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in problems
-    ]
-    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return "; ".join(parts[:5]) + more

@@ -92,8 +92,9 @@ class Queue:
     def resume(self, project: str, job_id: str) -> Job:
         """Let a paused job go on, or queue one again that failed or was cancelled: it goes on from what it committed.
 
-        Any other job stays as it is. Raises NotFound; Conflict, code "job_succeeded", where there is nothing left to
-        do, or "store_in_use" where another job makes its activation store by now.
+        Any other job stays as it is. Raises NotFound; Conflict, code "job_succeeded", where there is
+        nothing left to do, "store_in_use" where another job makes its activation store by now, or "not_resumable" where
+        its text or spec made it, or the harvest that it needs, fail.
         """
         with self._database.write() as connection:
             _take_turn(connection, self._database.dialect)

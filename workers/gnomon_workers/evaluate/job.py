@@ -79,6 +79,7 @@ def run_evaluation(
     )
     n_tokens = _n_tokens(store, evaluation, has_logits=has_logits)
     reporter.phase("evaluate", total=n_tokens, unit="tokens", variant=variant)
+    tell_of_short_store(store, evaluation, reporter, has_logits=has_logits)
     began = time.monotonic()
     core, patch = _gather(task, assignment.places, reporter, began)
     reporter.progress(n_tokens)
@@ -91,6 +92,19 @@ def run_evaluation(
         firing_frequency=None if core is None else core.firing_frequency.cpu().numpy(),
         tokens_per_s=n_tokens / (time.monotonic() - began),
     )
+
+
+def tell_of_short_store(
+    store: ActivationStore, evaluation: Evaluation, reporter: Reporter, *, has_logits: bool
+) -> None:
+    """Say how much is used where the store holds out less than the evaluation would take."""
+    n_rows = store.manifest.n_held_out_rows
+    short = [f"{n_rows} of n_tokens={evaluation.n_tokens} activations"] if n_rows < evaluation.n_tokens else []
+    n_text = _held_out_text(store)
+    if evaluation.ce and has_logits and n_text < evaluation.n_ce_tokens:
+        short.append(f"{n_text} of n_ce_tokens={evaluation.n_ce_tokens} tokens of text")
+    if short:
+        reporter.report(Logged(message=f"evaluated on {' and '.join(short)}: the store holds out no more"))
 
 
 def warn_of_few_rows(metrics: DictionaryMetrics, reporter: Reporter) -> None:
@@ -144,5 +158,9 @@ def _n_tokens(store: ActivationStore, evaluation: Evaluation, *, has_logits: boo
     if not (evaluation.ce and has_logits):
         return n_core
     length = store.manifest.context_length
-    n_contexts = sum(segment.n_contexts for segment in store.manifest.split("held_out"))
-    return n_core + length * min(n_contexts, -(-evaluation.n_ce_tokens // length))
+    return n_core + min(_held_out_text(store), length * -(-evaluation.n_ce_tokens // length))
+
+
+def _held_out_text(store: ActivationStore) -> int:
+    """Tokens of the held-out contexts, dropped ones and padding included."""
+    return store.manifest.context_length * sum(each.n_contexts for each in store.manifest.split("held_out"))

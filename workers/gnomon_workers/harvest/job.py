@@ -96,6 +96,7 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
             code="empty_corpus",
         )
     remove_leftovers(store, commits)
+    warn_of_short_text(run.spec, commits, reporter)
     ran = _ran_on(run, progress)
     sealed = seal_store(run, commits, tally)
     return _result(sealed, n_tokens=progress.n_new, tokens_per_s=progress.mean_rate(), run=ran)
@@ -119,7 +120,9 @@ def prepare(assignment: Assignment, store: Location) -> HarvestRun:
     fingerprint = text_fingerprint(resolve_text(spec.text, assignment.input_roots))
     if store_id(spec, model.fingerprint(), fingerprint) != assignment.store_id:
         raise InvalidRequest(
-            "the model or the text was changed after the job was submitted; submit it again", code="source_changed"
+            "the model or the text is no longer what the job was accepted with, and what it has committed is of the "
+            "former; submit it again for a harvest of what is there now, or put it back and resume",
+            code="source_changed",
         )
     return HarvestRun(
         assignment=assignment,
@@ -174,6 +177,22 @@ def warn_of_bad_documents(tally: Tally, reporter: Reporter) -> int:
         message = f"{tally.n_bad} bad documents are passed over: {'; '.join(tally.first_bad)}"
         reporter.report(Logged(level="warning", message=message + ("; ..." if tally.n_bad > N_TOLD else "")))
     return tally.n_bad
+
+
+def warn_of_short_text(spec: HarvestSpec, commits: Iterable[SegmentCommit], reporter: Reporter) -> None:
+    """Say so where the text ended although another context of it would have been within the budget."""
+    n_tokens, n_rows, n_held_out = 0, 0, 0
+    for commit in commits:
+        n_tokens += commit.n_tokens
+        n_rows += commit.n_rows if commit.split == "segments" else 0
+        n_held_out += commit.n_rows if commit.split == "held_out" else 0
+    if n_tokens + spec.context_length > spec.token_budget:
+        return
+    message = (
+        f"the text ended after {n_tokens} of token_budget={spec.token_budget} tokens: the store has {n_rows} rows, and "
+        f"{n_held_out} held out; a training that needs more rows repeats them"
+    )
+    reporter.report(Logged(level="warning", message=message))
 
 
 def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: HarvestProgress) -> list[SegmentCommit]:

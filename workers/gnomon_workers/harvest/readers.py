@@ -21,6 +21,11 @@ _MAX_GROUP_BYTES: Final = 2 << 30
 _SKIPPED_BYTES: Final = 1 << 20
 MAX_DOCUMENT_BYTES: Final = 256 << 20
 """Of one document, of one line of .jsonl, and of a whole .txt or .json, which are read at once."""
+_SORTS: Final[dict[type, str]] = {
+    bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object",
+    type(None): "null",
+}  # fmt: skip
+"""What is there instead of what is wanted, as JSON names it; other types only come out of Parquet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class TextFile:
     """Number of the source that it belongs to."""
     max_bad: int
     """Bad documents that the source may have."""
+    label: str
+    """What messages call it: its name, or all of its address where another file of the text has that name."""
 
 
 def _try(read: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> Document:
@@ -76,7 +83,7 @@ def _read_json(file: TextFile) -> Iterator[Document]:
         # An object is one document, or a collection of documents by name: its values are then documents themselves.
         items = records if records and all(isinstance(record, dict) for record in records) else [items]
     if not isinstance(items, list):
-        raise _bad(file, None, f"is a JSON {type(items).__name__}, wanted a list or an object of documents")
+        raise _bad(file, None, f"holds {_SORTS[type(items)]}, wanted a list or an object of documents")
     for number, item in enumerate(items):
         yield _try(_text_of, item, file, f"item {number}")
 
@@ -162,6 +169,10 @@ def _decode(data: bytes, file: TextFile, line: int | None) -> str:
 def _parse(text: str, file: TextFile, line: int | None) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        # of .jsonl, the parser sees one line alone: its own count of lines would contradict the file's
+        number, column = (error.lineno, error.colno) if line is None else (line, error.pos + 1)
+        raise _bad(file, number, f"is not JSON: {error.msg.removesuffix(' at')} at column {column}") from error
     except (ValueError, RecursionError) as error:
         raise _bad(file, line, f"is not JSON: {error}") from error
 
@@ -175,7 +186,7 @@ def _text_of(item: Any, file: TextFile, where: str) -> str:
     if item is None:
         return ""
     if not isinstance(item, str):
-        raise _bad(file, where, f"holds a {type(item).__name__}, wanted text")
+        raise _bad(file, where, f"holds {_SORTS.get(type(item), type(item).__name__)}, wanted text")
     return _without_surrogates(item)
 
 
@@ -190,13 +201,13 @@ def _without_surrogates(text: str) -> str:
 
 def _bad(file: TextFile, where: int | str | None, what: str) -> InvalidRequest:
     place = f" line {where}" if isinstance(where, int) else f" {where}" if where else ""
-    return InvalidRequest(f"{file.location.name!r}{place} {what}", code="bad_text")
+    return InvalidRequest(f"{file.label!r}{place} {what}", code="bad_text")
 
 
 def _unknown_field(file: TextFile, where: str, fields: Sequence[str]) -> InvalidRequest:
     known = ", ".join(repr(field) for field in sorted(map(str, fields))[:20]) or "none"
     place = f" {where}" if where else ""
     return InvalidRequest(
-        f"{file.location.name!r}{place} has no field {file.field!r}; it has {known}; set the source's field",
+        f"{file.label!r}{place} has no field {file.field!r}; it has {known}; set the source's field",
         code="unknown_field",
     )

@@ -28,10 +28,22 @@ def resolve_text(sources: Sequence[TextSource], input_roots: Sequence[str]) -> t
 
     Raises InvalidRequest: "location_not_allowed" outside the roots, "missing_file", "unknown_format".
     """
-    return tuple(
-        TextFile(location, _format(source, location), source.field, number, source.max_bad_documents)
+    found = [
+        (number, source, location)
         for number, source in enumerate(sources)
         for location in _expand(source.url, input_roots)
+    ]
+    n_named = Counter(location.name for _, _, location in found)
+    return tuple(
+        TextFile(
+            location,
+            _format(source, location),
+            source.field,
+            number,
+            source.max_bad_documents,
+            label=location.name if n_named[location.name] == 1 else location.url,
+        )
+        for number, source, location in found
     )
 
 
@@ -77,7 +89,7 @@ def read_documents(files: Sequence[TextFile], tally: Tally | None = None) -> Ite
 def _too_many(bad: InvalidRequest, n_bad: int, limit: int) -> InvalidRequest:
     return InvalidRequest(
         f"{bad.message}; it is bad document number {n_bad} of its source, and max_bad_documents={limit} are passed "
-        "over; mend the text, or raise max_bad_documents",
+        "over; mend the text, or raise max_bad_documents, and submit it again",
         code="too_many_bad_documents",
         n_bad_documents=n_bad,
     )
