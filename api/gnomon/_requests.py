@@ -121,10 +121,11 @@ def pause(job_id: str) -> Request[Job]:
 
 def change(job_id: str, job_class: JobClass | None, priority: int | None) -> Request[Job]:
     """PATCH /v1/jobs/{id}; raises InvalidRequest where the values can never be."""
+    fields = {"job_class": job_class, "priority": priority}
     try:
-        body = JobChange(job_class=job_class, priority=priority).model_dump(exclude_none=True)
+        body = JobChange.model_validate(fields).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise InvalidRequest(explain(error)) from error
+        raise InvalidRequest(explain(error, fields, JobChange)) from error
     return Request(method="PATCH", path=_path("jobs", job_id), parse=Job.read, body=body)
 
 

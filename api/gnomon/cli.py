@@ -24,7 +24,6 @@ from gnomon._screen import (
     show_keys,
     show_line,
     show_note,
-    show_pairs,
     show_table,
 )
 from gnomon._settings import resolve_settings
