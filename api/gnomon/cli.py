@@ -314,7 +314,7 @@ def issue_key(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     scope: Annotated[list[str] | None, typer.Option(help="What it may do; give it once per scope.")] = None,
-    expires_in_s: Annotated[int | None, typer.Option(min=1, help="Seconds until it expires.")] = None,
+    expires_in_s: Annotated[int | None, typer.Option(min=1, max=10**9, help="Seconds until it expires.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an API key over REST and print it: the only time it is shown."""
