@@ -72,10 +72,11 @@ def faults_of(model: Model, info: Mapping[str, Any], odd_dtypes: Mapping[str, st
 def _wrong_dtypes(model: Model, info: Mapping[str, Any], odd_dtypes: Mapping[str, str]) -> Iterator[str]:
     """Tensors that are read as floating-point numbers, and hold something else."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    own = model.state_dict()
+    # by the last part of their names, for the class may rename what is before it when it reads a checkpoint
+    whole = {place.rsplit(".", 1)[-1] for place, value in model.state_dict().items() if not value.is_floating_point()}
     for name, dtype in sorted(odd_dtypes.items()):
         names = (name, prefix + name, name.removeprefix(prefix))
-        is_whole = any(place in own and not own[place].is_floating_point() for place in names)
+        is_whole = name.rsplit(".", 1)[-1] in whole
         is_left_out = any(place in info["unexpected_keys"] for place in names) or name.endswith(_RESIDUE)
         if not is_whole and not is_left_out:
             yield f"tensor {name} holds {dtype}, and floating-point numbers are read (F64, F32, F16, BF16)"
