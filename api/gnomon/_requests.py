@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class SubmitOptions(TypedDict, total=False):
     idempotency_key: str | None
 
 
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 Submittable = HarvestSpec | TrainSpec | EvaluateSpec | JobRequest | Mapping[str, Any]
 """A spec, a whole request, or either as a mapping."""
 
@@ -70,10 +72,21 @@ Submittable = HarvestSpec | TrainSpec | EvaluateSpec | JobRequest | Mapping[str,
 def submit(spec: Submittable, options: SubmitOptions) -> Request[Job]:
     """POST /v1/jobs; always with an Idempotency-Key, so that a lost answer can be asked for again."""
     fields = {name: value for name, value in options.items() if value is not None}
-    key = str(fields.pop("idempotency_key", uuid.uuid4().hex))
+    key = _checked_key(str(fields.pop("idempotency_key", uuid.uuid4().hex)))
     body = job_request(spec, fields).model_dump(mode="json")
     headers = {"Idempotency-Key": key}
     return Request(method="POST", path="/v1/jobs", parse=Job.read, body=body, headers=headers)
+
+
+def _checked_key(key: str) -> str:
+    """A text that a header can carry; raises InvalidRequest."""
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest(
+            f"idempotency_key={key[:80]!r}, wanted 1 to 255 visible ASCII characters without spaces; send another, for "
+            "instance a hash of it",
+            code="invalid_idempotency_key",
+        )
+    return key
 
 
 def plan(spec: Submittable) -> Request[JobPlan]:

@@ -320,7 +320,7 @@ def issue_key(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     scope: Scopes = None,
-    expires_in_s: Annotated[int | None, typer.Option(min=1, help="Seconds until it expires.")] = None,
+    expires_in_s: Annotated[int | None, typer.Option(min=1, max=10**9, help="Seconds until it expires.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an API key over REST, with a key of scope admin, and print it: the only time it is shown."""

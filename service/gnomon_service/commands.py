@@ -161,7 +161,7 @@ def create_key(
     name: Annotated[str, typer.Argument(help="A label for people.")] = "host",
     project: Project = "default",
     scope: Scopes = None,
-    expires_in_s: Annotated[int | None, typer.Option(min=1, help="Seconds until it expires.")] = None,
+    expires_in_s: Annotated[int | None, typer.Option(min=1, max=10**9, help="Seconds until it expires.")] = None,
     home: Home = None,
 ) -> None:
     """Make an API key in the database, on the service's host, and print it: the only time it is shown."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,17 @@ def canonical_json(document: Any) -> bytes:
 def digest_of(data: bytes) -> str:
     """SHA-256 of bytes, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def spelled_out(document: Any) -> Any:
+    """A foreign document with NaN and infinities as objects, which JSON has no words for; of others, the same."""
+    if isinstance(document, float) and not math.isfinite(document):
+        return {"not finite": str(document)}
+    if isinstance(document, Mapping):
+        return {name: spelled_out(value) for name, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [spelled_out(value) for value in document]
+    return document
 
 
 def combine(parts: Mapping[str, Any]) -> str:

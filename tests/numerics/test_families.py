@@ -17,7 +17,7 @@ from gnomon_workers.evaluate.patching import Hooks, patch_sums
 from gnomon_workers.models.loading import LoadedModel, load_model, read_activations
 from gnomon_workers.models.modules import Skeleton, is_causal, refuse_faults
 from gnomon_workers.models.skeleton import NotHarvestable, describe
-from gnomon_workers.models.weight_files import read_config, tensor_shapes, weight_files
+from gnomon_workers.models.weight_files import read_config, read_tensors
 from tests.support.families import families, make_model, tiny_config
 
 pytestmark = pytest.mark.long
@@ -50,9 +50,9 @@ def skeleton(family: str, tmp_path: Path) -> Skeleton:
     config = read_config(tmp_path)
     config["architectures"] = [architecture]  # of a base class, save_pretrained writes that class's own name
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = {name: shape for path in weight_files(tmp_path) for name, shape in tensor_shapes(path).items()}
+    tensors = read_tensors(tmp_path)
     try:
-        found = describe(config, shapes)
+        found = describe(config, tensors.shapes, tensors.odd_dtypes)
     except NotHarvestable as error:
         outcomes["refused"] += 1
         pytest.skip(f"refused: {error}")

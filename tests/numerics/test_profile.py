@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from gnomon.events import EventData, event_json
+from gnomon.specs.train import UNTRACED_STEPS
 from gnomon_storage.location import Location
 from gnomon_workers.parallel.clock import WORK
 from gnomon_workers.train.loop import Observer, train
-from gnomon_workers.train.profile import SKIPPED_STEPS, StepProfile
+from gnomon_workers.train.profile import StepProfile
 from gnomon_workers.train.run import Training
 from tests.support.steps import data, plan_of, step_of
 
@@ -49,12 +50,12 @@ def run(folder: Path, n_traced: int) -> list[tuple[str, dict[str, Any]]]:
     return reports
 
 
-@pytest.mark.parametrize(("asked", "traced"), [(2, 2), (100, N_STEPS - SKIPPED_STEPS)])
+@pytest.mark.parametrize(("asked", "traced"), [(2, 2), (100, N_STEPS - UNTRACED_STEPS)])
 def test_a_trace_is_written_and_the_losses_are_the_same(tmp_path: Path, asked: int, traced: int) -> None:
     reports, plain = run(tmp_path / "traced", asked), run(tmp_path / "plain", 0)
     file = tmp_path / "traced/trace.json.gz"
     said = [data for kind, data in reports if kind == "profile"]
-    assert said == [{"url": f"file://{file}", "first_step": SKIPPED_STEPS, "n_steps": traced}]
+    assert said == [{"url": f"file://{file}", "first_step": UNTRACED_STEPS, "n_steps": traced}]
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     assert sum(event["name"] == "aten::addmm" for event in events) >= traced
     assert not (tmp_path / "plain/trace.json.gz").exists()

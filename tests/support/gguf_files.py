@@ -20,13 +20,15 @@ def write_gguf(
     settings: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Array] | None = None,
     leave_out: str = "nothing",
+    split: str = "default",
 ) -> None:
     """A small GGUF file of a Llama, as llama.cpp's converter would write it: q and k rows in adjacent pairs.
 
-    `settings` and `tensors` are added to its own; tensors whose name contains `leave_out` are left out.
+    `split` names how text is cut before merging. `settings` and `tensors` are added to its own; tensors whose name
+    contains `leave_out` are left out.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    _add_fields(writer, model.config)
+    _add_fields(writer, model.config, split)
     for key, value in (settings or {}).items():
         kinds: dict[type, Any] = {
             str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
@@ -42,7 +44,7 @@ def write_gguf(
     writer.close()
 
 
-def _add_fields(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_fields(writer: gguf.GGUFWriter, config: Any, split: str) -> None:
     """What the model is, and a tokenizer of 60 tokens."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -55,7 +57,7 @@ def _add_fields(writer: gguf.GGUFWriter, config: Any) -> None:
     letters = [chr(c) for c in range(ord("A"), ord("A") + 57)]
     tokens = ["<|start|>", "<|end|>", *letters, "AB"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, *[1] * 58])
     writer.add_token_merges(["A B"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from gnomon.errors import InvalidRequest
 from gnomon_workers.evaluate import patching, tails
 from gnomon_workers.evaluate.patching import Hooks, layers_up_to, patch_sums
 
@@ -30,6 +31,18 @@ def gpt2() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4, n_positions=64))
     return model.eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_head_that_gives_no_numbers_is_told_as_such(make: Callable[[], nn.Module]) -> None:
+    model: Any = make()
+    weight = model.get_output_embeddings().weight
+    model.get_output_embeddings().weight = nn.Parameter(weight.detach().clone())
+    model.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(InvalidRequest, match=r"logits that are no numbers \(3 of 150") as caught:
+        tails.Tail(model)
+    assert caught.value.code == "non_finite"
+    assert model not in tails._divisible
 
 
 @pytest.fixture(params=["llama", "gpt2", "inside"])

@@ -102,7 +102,7 @@ def test_another_architecture_is_refused_and_leaves_nothing(
 def test_pickled_weights_are_not_read(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     llama.config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04 a pickle would be here")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(InvalidRequest, match="convert the weights to safetensors"):
         load_model(ModelSource(source=str(tmp_path)), [str(tmp_path)], device=CPU)
 
 

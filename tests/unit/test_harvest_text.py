@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,6 +142,53 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(InvalidRequest, match="no field 'text'; it has 'body'"):
         check_text([TextSource(url=str(tmp_path / "x.parquet"))], [str(tmp_path)])
+
+
+def test_two_columns_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
+    columns = [pa.array(["x"]), pa.array(["y"]), pa.array([1])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text", "n"]), tmp_path / "x.parquet")
+    with pytest.raises(InvalidRequest, match="has 2 columns of name 'text'") as caught:
+        check_text([TextSource(url=str(tmp_path / "x.parquet"))], [str(tmp_path)])
+    assert caught.value.code == "bad_text"
+
+
+TEXTS: dict[str, tuple[pa.DataType, Callable[[str], Any]]] = {
+    "string": (pa.string(), str), "large string": (pa.large_string(), str), "view": (pa.string_view(), str),
+    "binary": (pa.binary(), str.encode), "large binary": (pa.large_binary(), str.encode),
+    "list": (pa.list_(pa.string()), lambda text: [text]), "large list": (pa.large_list(pa.large_string()), lambda t: [t]),
+    "struct": (pa.struct([("text", pa.string())]), lambda text: {"text": text}),
+    "large struct": (pa.struct([("text", pa.large_string())]), lambda text: {"text": text}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_no_kind_of_text_unpacks_beyond_what_is_held(kind: str, tmp_path: Path) -> None:
+    """A row group whose value is repeated; what is no text is bad by row, and costs no more."""
+    type_, make = TEXTS[kind]
+    with pq.ParquetWriter(
+        tmp_path / "x.parquet", pa.schema([("text", type_)]), dictionary_pagesize_limit=1 << 30
+    ) as out:
+        out.write_table(pa.table({"text": pa.array([make("x" * (1 << 20))] * 300, type_)}))
+    before, most = pa.total_allocated_bytes(), 0
+    source = TextSource(url=str(tmp_path / "x.parquet"), max_bad_documents=1000)
+    for _ in read_documents(resolve_text([source], [str(tmp_path)])):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 64 << 20
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json"])
+def test_wide_characters_without_a_mark_are_no_text(name: str, encoding: str, tmp_path: Path) -> None:
+    """Latin letters in UTF-16 are valid UTF-8, with a NUL beside each."""
+    (tmp_path / name).write_bytes('["hello there, plain"]'.encode(encoding))
+    with pytest.raises(InvalidRequest, match="as in UTF-16; convert it to UTF-8") as caught:
+        check_text([TextSource(url=str(tmp_path / name))], [str(tmp_path)])
+    assert caught.value.code == "bad_text"
+
+
+def test_a_few_nuls_are_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a text with one \0 in it")
+    assert documents(tmp_path, TextSource(url=str(tmp_path / "x.txt"))) == ["a text with one \0 in it"]
 
 
 def test_a_repeated_value_of_parquet_is_held_once(tmp_path: Path) -> None:

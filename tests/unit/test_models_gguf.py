@@ -19,6 +19,7 @@ from gnomon.specs import ModelSource
 from gnomon_workers.models.catalog import describe_model
 from gnomon_workers.models.gguf_folder import gguf_folder
 from gnomon_workers.models.gguf_header import parse_gguf
+from gnomon_workers.models.gguf_llama import DIGIT_SPLITS, SPLITS
 from gnomon_workers.models.loading import load_model, read_activations
 from gnomon_workers.models.tokenizers import begins_with_bos
 from tests.support.gguf_files import Array, write_gguf
@@ -71,6 +72,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
     ),
+    "linear by its factor alone": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
+        {"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.0},
+    ),
+    "linear by the older setting": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
+        {"llama.rope.scale_linear": 4.0},
+    ),
+    "not scaled, whatever the factor": ({}, {"llama.rope.scaling.type": "none", "llama.rope.scale_linear": 4.0}),
+    "not scaled, whatever the newer factor": (
+        {},
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+    ),
+    "linear without a factor": ({}, {"llama.rope.scaling.type": "linear"}),
     "attention biases": ({"attention_bias": True}, {}),
     "other biases": ({"mlp_bias": True}, {}),
     "wide heads": ({"head_dim": 16}, {"llama.attention.key_length": 16, "llama.attention.value_length": 16}),
@@ -112,6 +127,48 @@ def test_what_is_not_understood_is_refused_before_anything_is_queued(case: str, 
         describe_model(ModelSource(source=str(tmp_path / "x.gguf")), [str(tmp_path)])
     assert says in caught.value.message
     assert caught.value.code in ("unsupported_model", "incomplete_model")
+
+
+@pytest.mark.parametrize("split", ["nonsense-pre", "chatglm-bpe", "deepseek-llm", ""])
+def test_an_unknown_way_to_cut_text_is_refused_by_name(split: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", llama(), split=split)
+    with pytest.raises(InvalidRequest, match=rf"tokenizer\.ggml\.pre is '{split}'") as caught:
+        describe_model(ModelSource(source=str(tmp_path / "x.gguf")), [str(tmp_path)])
+    assert caught.value.code == "unsupported_model"
+
+
+GPT2_CUTS = ["AB", "Ġ12", "Ġ345", "!"]
+DIGIT_CUTS = ["AB", "Ġ", "1", "2", "Ġ", "3", "4", "5", "!"]
+CUTS = {
+    "default": GPT2_CUTS, "gpt-2": GPT2_CUTS, "smollm": DIGIT_CUTS, "qwen2": DIGIT_CUTS,
+    "llama-bpe": ["AB", "Ġ", "12", "Ġ", "345", "!"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", CUTS)
+def test_text_is_cut_as_the_file_says(split: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", llama(), split=split)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder(tmp_path / "x.gguf"))
+    cuts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("AB 12 345!")
+    assert [piece for piece, _ in cuts] == CUTS[split]
+
+
+def test_ways_to_cut_text_are_those_that_are_produced() -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    gpt2 = {"default", "gpt-2", "phi-2", "mpt", "olmo", "jais"}
+    assert SPLITS - DIGIT_SPLITS - gpt2 <= GGUF_PRE_TOKENIZER_SPLITS.keys()
+    assert not (DIGIT_SPLITS | gpt2) & GGUF_PRE_TOKENIZER_SPLITS.keys()
+
+
+def test_settings_and_tensors_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", llama())
+    data = (tmp_path / "x.gguf").read_bytes()
+    names = [(b"blk.1.ffn_up.", b"blk.0.ffn_up."), (b"ggml.bos_token_id", b"ggml.eos_token_id")]
+    for second, first in names:
+        (tmp_path / "y.gguf").write_bytes(data.replace(second, first))
+        with pytest.raises(ValueError, match=r"twice|of one name"):
+            parse_gguf(tmp_path / "y.gguf")
 
 
 def test_a_tensor_left_out_is_named(tmp_path: Path) -> None:

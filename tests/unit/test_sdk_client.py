@@ -47,6 +47,15 @@ def test_submit_sends_the_spec_the_key_and_an_idempotency_key() -> None:
     assert (handle.id, handle.state) == (JOB_ID, "queued")
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "", "k" * 256, "new\nline", "\ud800", "key\x7f"])
+def test_an_idempotency_key_that_no_header_carries_is_refused_before_it_is_sent(key: str) -> None:
+    script = Script(answer(job(), 201))
+    with pytest.raises(InvalidRequest, match="wanted 1 to 255 visible ASCII characters") as caught:
+        client_of(script).submit(HARVEST, idempotency_key=key)
+    assert caught.value.code == "invalid_idempotency_key"
+    assert not script.requests
+
+
 def test_two_submits_have_two_idempotency_keys_unless_told() -> None:
     script = Script(*[answer(job(), 201) for _ in range(3)])
     client = client_of(script)

@@ -131,12 +131,32 @@ def test_dead_window_scales_with_the_run(fields: dict[str, Any], window: int) ->
         ({"activation": {"kind": "relu", "warmup_steps": 10**7}}, r"activation\.warmup_steps=10000000 is not reached"),
         ({"activation": {"kind": "p_anneal", "start_step": 300}}, r"activation\.start_step=300 is not reached"),
         ({"dead_after_tokens": 10**6 + 1}, "no feature could ever count as dead"),
+        ({"profile_steps": 1, "token_budget": 40_960}, "profile_steps=1 traces nothing: .* the run has 10"),
+        ({"activation": {"kind": "p_anneal", "n_updates": 245}}, r"activation\.n_updates=245 exceeds the 244 steps"),
     ],
 )
 def test_settings_behind_the_end_of_the_run_are_named(change: dict[str, Any], word: str) -> None:
     spec = TrainSpec.model_validate(BASE | change)  # a job of an earlier release may hold it
     with pytest.raises(ValueError, match=word):
         spec.check_reach()
+
+
+@pytest.mark.parametrize(("d_in", "factor"), [(128, 1e-9), (128, 1 / 128), (128, 0.011), (8192, 4096), (2**23, 2.01)])
+def test_expansion_factor_keeps_within_the_bounds_of_d_sae(d_in: int, factor: float) -> None:
+    fields = {name: value for name, value in BASE.items() if name != "d_sae"}
+    spec = TrainSpec.model_validate(fields | {"expansion_factor": factor, "activation": {"kind": "relu"}})
+    with pytest.raises(ValueError, match=r"expansion_factor=.* d_sae=\d+, wanted 2 to 16777216"):
+        spec.resolve_d_sae(d_in)
+    assert (
+        TrainSpec.model_validate(fields | {"expansion_factor": 2, "activation": {"kind": "relu"}}).resolve_d_sae(1) == 2
+    )
+
+
+def test_aims_beyond_all_features_are_named() -> None:
+    spec = TrainSpec.model_validate(BASE | {"activation": {"kind": "jumprelu", "target_l0": 2**23}})
+    with pytest.raises(ValueError, match=r"activation\.target_l0=8\.38861e\+06 exceeds d_sae=64"):
+        spec.check_reach(64)
+    spec.check_reach(None)
 
 
 def test_usual_settings_are_within_reach() -> None:

@@ -15,6 +15,7 @@ from gnomon.specs.activations import (
     LONG_RUN_STEPS,
     Activation,
     Matryoshka,
+    PAnneal,
     TopK,
     chooses_k,
 )
@@ -22,6 +23,10 @@ from gnomon.specs.base import HookName, Spec, StoreId
 from gnomon.specs.evaluate import Evaluation
 from gnomon.specs.harvest import HarvestSpec
 
+LEAST_D_SAE = 2
+LARGEST_D_SAE = 2**24
+UNTRACED_STEPS = 10
+"""Steps of an attempt before a trace begins: the first ones allocate, compile and fill caches."""
 Alignment = Literal["orth", "none", "scale", "stopgrad", "tied"]
 
 
@@ -106,7 +111,7 @@ class TrainSpec(Spec):
     """Hooks whose activations are joined into one input and reconstructed together: a crosscoder."""
     target_hook_name: HookName | None = None
     """Hook to reconstruct instead of the input: a transcoder. None = the input itself."""
-    d_sae: Annotated[int, Field(ge=2, le=2**24)] | None = None
+    d_sae: Annotated[int, Field(ge=LEAST_D_SAE, le=LARGEST_D_SAE)] | None = None
     """Number of features. Give this or expansion_factor."""
     expansion_factor: Annotated[float, Field(gt=0, le=4096)] | None = None
     """d_sae / d_in. Give this or d_sae."""
@@ -205,8 +210,8 @@ class TrainSpec(Spec):
             return self.dead_after_tokens
         return max(1, min(10_000_000, self.token_budget // 4))
 
-    def check_reach(self) -> None:
-        """Raise ValueError for a setting whose effect lies behind the end of the run.
+    def check_reach(self, d_sae: int | None = None) -> None:
+        """Raise ValueError for a setting whose effect lies behind the end of the run, or beyond d_sae features.
 
         Asked of what is submitted, and not of every spec that is read: jobs of earlier releases hold such settings.
         """
@@ -226,6 +231,24 @@ class TrainSpec(Spec):
                     f"{name}={step} is not reached by a run of {self.n_steps} steps; lower it, or leave it out for a "
                     "share of the run"
                 )
+        self._check_effect(d_sae)
+
+    def _check_effect(self, d_sae: int | None) -> None:
+        """Raise ValueError for settings that could change nothing."""
+        if self.profile_steps is not None and self.n_steps <= UNTRACED_STEPS:
+            raise ValueError(
+                f"profile_steps={self.profile_steps} traces nothing: a trace begins after {UNTRACED_STEPS} steps, and "
+                f"the run has {self.n_steps}; leave it out, or raise token_budget"
+            )
+        n_updates = getattr(self.activation, "n_updates", 0)
+        if n_updates > max(self.n_steps, PAnneal().n_updates):  # the default is for runs of any length
+            raise ValueError(
+                f"activation.n_updates={n_updates} exceeds the {self.n_steps} steps of the run, and p falls once "
+                "a step at most; lower it"
+            )
+        target = getattr(self.activation, "target_l0", None)
+        if target is not None and d_sae is not None and target > d_sae:
+            raise ValueError(f"activation.target_l0={target:g} exceeds d_sae={d_sae}; lower it or raise d_sae")
 
     @property
     def variant_names(self) -> tuple[str, ...]:
@@ -251,7 +274,7 @@ class TrainSpec(Spec):
         return min(1000, self.n_steps // 20)
 
     def resolve_d_sae(self, d_in: int) -> int:
-        """Number of features for inputs of width d_in; raises ValueError where k or the mesh does not fit."""
+        """Number of features for inputs of width d_in; raises ValueError where it is out of bounds or does not fit."""
         d_sae = self.d_sae if self.d_sae is not None else round(d_in * (self.expansion_factor or 0))
         check_shape(self, d_sae)
         return d_sae
@@ -310,7 +333,12 @@ def _check_crosscoder(spec: TrainSpec, hook_names: tuple[HookName, ...]) -> None
 
 
 def check_shape(spec: TrainSpec, d_sae: int) -> None:
-    """Raise ValueError where k exceeds d_sae, a Matryoshka group is empty or the mesh does not divide d_sae."""
+    """Raise ValueError where d_sae is out of bounds, k exceeds it, a Matryoshka group is empty or the mesh does not
+    divide it.
+    """
+    if not LEAST_D_SAE <= d_sae <= LARGEST_D_SAE:
+        how = "d_sae" if spec.expansion_factor is None else f"expansion_factor={spec.expansion_factor:g} makes d_sae"
+        raise ValueError(f"{how}={d_sae}, wanted {LEAST_D_SAE} to {LARGEST_D_SAE}; give another")
     k = getattr(spec.activation, "k", 0)
     if k > d_sae:
         raise ValueError(f"k={k} exceeds d_sae={d_sae}; lower k or raise d_sae")

@@ -15,8 +15,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from gnomon.errors import Unavailable
+from gnomon.errors import GnomonError, Unavailable
 
+_CURSORS = "gnomon_cursors"
+"""Where a connection keeps the cursors of a transaction."""
 _MIGRATION_LOCK = 7_600_001
 _STATEMENT_TIMEOUT_MS = 60_000
 """Of PostgreSQL, but for migrations."""
@@ -48,6 +50,11 @@ class Database:
         self._engine = _make_engine(url, busy_timeout_s)
 
     @property
+    def url(self) -> str:
+        """Where it is, with its password."""
+        return self._engine.url.render_as_string(hide_password=False)
+
+    @property
     def dialect(self) -> str:
         """ "sqlite" or "postgresql"."""
         return self._engine.dialect.name
@@ -55,13 +62,13 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that may write; commits at the end. Raises Unavailable if there is no answer."""
-        with _mapped_errors(), self._engine.begin() as connection:
+        with _mapped_errors(), self._engine.begin() as connection, _left_clean(connection):
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads, and waits for no writer. Raises Unavailable like write()."""
-        with _mapped_errors(), self._engine.connect() as connection:
+        with _mapped_errors(), self._engine.connect() as connection, _left_clean(connection):
             yield connection.execution_options(gnomon_read_only=True)
 
     def migrate(self) -> None:
@@ -84,6 +91,36 @@ class Database:
 
 
 @contextmanager
+def _left_clean(connection: Connection) -> Iterator[None]:
+    """Close every cursor, whatever is raised, before the connection goes back to its pool.
+
+    One that is half read (an error's traceback may hold it for ever) keeps SQLite in the snapshot in which it began:
+    every later write of the connection fails. After an error of unknown kind the connection is not used again.
+    """
+    try:
+        yield
+    except (GnomonError, DBAPIError):
+        _close_cursors(connection)
+        raise
+    except BaseException:
+        _close_cursors(connection)
+        connection.invalidate()
+        raise
+    _close_cursors(connection)
+
+
+def _remember_cursor(connection: Connection, cursor: Any, *_: Any) -> None:
+    connection.info.setdefault(_CURSORS, []).append(cursor)
+
+
+def _close_cursors(connection: Connection) -> None:
+    if connection.invalidated:
+        return  # its cursors went with it
+    for cursor in connection.info.pop(_CURSORS, ()):
+        cursor.close()
+
+
+@contextmanager
 def _mapped_errors() -> Iterator[None]:
     try:
         yield
@@ -96,6 +133,12 @@ def _mapped_errors() -> Iterator[None]:
 
 
 def _make_engine(url: str, busy_timeout_s: float) -> Engine:
+    engine = _connect(url, busy_timeout_s)
+    event.listen(engine, "before_cursor_execute", _remember_cursor)
+    return engine
+
+
+def _connect(url: str, busy_timeout_s: float) -> Engine:
     parsed = make_url(url)
     if parsed.drivername.startswith("postgresql"):
         return create_engine(

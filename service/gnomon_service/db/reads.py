@@ -42,6 +42,8 @@ SILENT_S = 20.0
 R = TypeVar("R", bound=Document)
 MAX_PAGE = 200
 
+_LAST_S = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+"""What lies behind it, as rows of earlier releases may, has no date: one such row would hide all others."""
 _TIMES = ("created_at", "started_at", "finished_at", "expires_at", "revoked_at", "seen_at")
 
 
@@ -50,7 +52,7 @@ def with_times(row: RowMapping) -> dict[str, Any]:
     values = dict(row)
     for name in _TIMES:
         if values.get(name) is not None:
-            values[name] = datetime.fromtimestamp(values[name], UTC)
+            values[name] = datetime.fromtimestamp(min(values[name], _LAST_S), UTC)
     return values
 
 

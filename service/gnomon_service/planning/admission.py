@@ -167,9 +167,9 @@ def _check_shape(spec: TrainSpec, names: Sequence[str], target: str, source: _So
     d_sae = spec.d_sae
     for variant, its_spec in zip(spec.variant_names, spec.variant_specs(), strict=True):
         try:
-            its_spec.check_reach()
             if d_in is not None:
                 d_sae = its_spec.resolve_d_sae(d_in)
+            its_spec.check_reach(d_sae)
         except ValueError as error:
             of = f"variant {variant!r}: " if variant else ""
             raise InvalidRequest(f"spec: {of}{error}", code="invalid_spec") from error

@@ -8,11 +8,11 @@ import re
 import secrets
 import zlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from sqlalchemy import RowMapping, case, insert, select, update
 
-from gnomon.errors import Forbidden, NotFound, Unauthenticated
+from gnomon.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
 from gnomon.resources import ApiKey, NewApiKey
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.reads import with_times
@@ -21,6 +21,8 @@ from gnomon_service.db.tables import api_keys
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_PROJECT = "default"
+LONGEST_LIFE_S: Final = 10**9
+"""Of a key that expires: thirty years."""
 
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ID_CHARS, _SECRET_CHARS, _CHECK_CHARS = 12, 43, 6
@@ -62,7 +64,12 @@ class Keys:
     def create(
         self, *, project: str, name: str, scopes: tuple[Scope, ...], expires_in_s: float | None = None
     ) -> NewApiKey:
-        """Make a key; the only time its text is known."""
+        """Make a key; the only time its text is known. Raises InvalidRequest where it would live too long."""
+        if expires_in_s is not None and not 0 < expires_in_s <= LONGEST_LIFE_S:
+            raise InvalidRequest(
+                f"expires_in_s={expires_in_s!r}, wanted 1 to {LONGEST_LIFE_S}; leave it out for a key that does not "
+                "expire"
+            )
         key_id, text = _make_key()
         values = {
             "id": key_id,
@@ -75,14 +82,14 @@ class Keys:
         }
         with self._database.write() as connection:
             row = connection.execute(insert(api_keys).values(values).returning(api_keys)).mappings().one()
-        return NewApiKey.read({**with_times(row), "key": text})
+            return NewApiKey.read({**with_times(row), "key": text})  # what cannot be read is not committed
 
     def list(self, project: str) -> list[ApiKey]:
         """Every key of a project, newest first, revoked and expired ones included."""
         statement = select(api_keys).where(api_keys.c.project == project)
         with self._database.read() as connection:
-            rows = connection.execute(statement.order_by(api_keys.c.created_at.desc(), api_keys.c.id))
-            return [ApiKey.read(with_times(row)) for row in rows.mappings()]
+            rows = connection.execute(statement.order_by(api_keys.c.created_at.desc(), api_keys.c.id)).mappings().all()
+        return [ApiKey.read(with_times(row)) for row in rows]
 
     def revoke(self, project: str, key_id: str) -> None:
         """Refuse a key from now on; harmless if it was revoked before. Raises NotFound."""

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from gnomon.errors import InvalidRequest
+
 MAX_LOGITS: Final = 1 << 22
 """Of one run that are held at a time; three runs and their probabilities make a dozen such tensors."""
 _divisible: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -77,14 +79,19 @@ class Tail:
         device = next(self.model.parameters()).device
         ids = torch.arange(1, 4, device=device)[None]
         whole = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        if bool(whole.isnan().any()):
+            raise InvalidRequest(
+                f"the model gives logits that are no numbers ({int(whole.isnan().sum())} of {whole.numel()} for three "
+                "tokens), so no cross-entropy can be measured; mend its lm_head, or set evaluation.ce to false",
+                code="non_finite",
+            )
         _divisible[self.model] = True
         try:
             parts = self._logits(self.hidden(ids)[0])
         except Exception:
             return False
-        return parts.shape == whole.shape and torch.allclose(
-            parts, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max())
-        )
+        scale = float(whole[whole.isfinite()].abs().amax()) if bool(whole.isfinite().any()) else 0.0
+        return parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-3, atol=1e-5 * scale)
 
 
 def _with_last_hidden(output: Any, hidden: Tensor) -> Any:

@@ -18,6 +18,8 @@ Document: TypeAlias = str | InvalidRequest
 Format = Literal["txt", "jsonl", "json", "parquet"]
 _PARQUET_ROWS: Final = 1024
 _MAX_GROUP_BYTES: Final = 2 << 30
+_FEW_NULS: Final = 8
+"""One character of so many may be NUL; in UTF-16 of Latin letters, which is valid UTF-8, every other one is."""
 _SKIPPED_BYTES: Final = 1 << 20
 MAX_DOCUMENT_BYTES: Final = 256 << 20
 """Of one document, of one line of .jsonl, and of a whole .txt or .json, which are read at once."""
@@ -95,11 +97,9 @@ def _read_parquet(file: TextFile) -> Iterator[Document]:
     with file.location.open_read() as stream:
         try:
             table = pq.ParquetFile(stream)
-            if file.field not in table.schema_arrow.names:
-                raise _unknown_field(file, "", table.schema_arrow.names)
-            if pa.types.is_string(table.schema_arrow.field(file.field).type):
-                # A repeated value is held once and not once a row: a kilobyte can repeat a megabyte for ever.
-                table = pq.ParquetFile(stream, metadata=table.metadata, read_dictionary=[file.field])
+            _check_columns(table.schema_arrow.names, file)
+            # A repeated value is held once and not once a row: a kilobyte can repeat a megabyte for ever.
+            table = pq.ParquetFile(stream, metadata=table.metadata, read_dictionary=_leaves(table, file))
             _check_row_groups(table, file)
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[file.field]):
@@ -108,6 +108,25 @@ def _read_parquet(file: TextFile) -> Iterator[Document]:
                     number += 1
         except pa.ArrowException as error:
             raise _bad(file, None, f"is not readable Parquet: {error}") from error
+
+
+def _check_columns(names: Sequence[str], file: TextFile) -> None:
+    """Raise InvalidRequest unless one column has the field's name."""
+    if file.field not in names:
+        raise _unknown_field(file, "", names)
+    if names.count(file.field) > 1:
+        raise _bad(file, None, f"has {names.count(file.field)} columns of name {file.field!r}; rename all but one")
+
+
+def _leaves(table: Any, file: TextFile) -> list[str]:
+    """Paths of the columns that hold the field's bytes, however it is nested and whatever the kind of string."""
+    schema = table.metadata.schema
+    columns = [schema.column(number) for number in range(len(schema))]
+    return [each.path for each in columns if each.physical_type == "BYTE_ARRAY" and _is_of_field(each.path, file)]
+
+
+def _is_of_field(path: str, file: TextFile) -> bool:
+    return path == file.field or path.startswith(f"{file.field}.")
 
 
 def _cell_text(value: Any, file: TextFile, where: str) -> str:
@@ -153,7 +172,7 @@ def _group_bytes(table: Any, file: TextFile) -> Iterator[int]:
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
         columns = [group.column(index) for index in range(group.num_columns)]
-        yield sum(column.total_uncompressed_size for column in columns if column.path_in_schema == file.field)
+        yield sum(column.total_uncompressed_size for column in columns if _is_of_field(column.path_in_schema, file))
 
 
 READERS: Final = {"txt": _read_txt, "jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
@@ -161,9 +180,14 @@ READERS: Final = {"txt": _read_txt, "jsonl": _read_jsonl, "json": _read_json, "p
 
 def _decode(data: bytes, file: TextFile, line: int | None) -> str:
     try:
-        return data.decode("utf-8-sig" if line in (None, 1) else "utf-8")
+        text = data.decode("utf-8-sig" if line in (None, 1) else "utf-8")
     except UnicodeDecodeError as error:
         raise _bad(file, line, f"is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from error
+    if text.count("\0") * _FEW_NULS > len(text):
+        raise _bad(
+            file, line, "is not UTF-8 text: too many of its characters are NUL, as in UTF-16; convert it to UTF-8"
+        )
+    return text
 
 
 def _parse(text: str, file: TextFile, line: int | None) -> Any:

@@ -12,7 +12,7 @@ from gnomon.errors import InvalidRequest
 from gnomon.specs import ConcatPacking, DocumentPacking, HarvestSpec
 from gnomon.specs.harvest import Packing
 from gnomon_workers.harvest.packing import Tokens, concat_contexts, document_contexts, within_budget
-from gnomon_workers.models.tokenizers import begins_with_bos
+from gnomon_workers.models.tokenizers import begins_with_bos, only_described, without_sampling
 
 _PIECE_CHARACTERS: Final = 1 << 18
 _MAX_CHARACTERS_PER_TOKEN: Final = 32
@@ -32,6 +32,8 @@ class Tokenizer:
     special_ids: tuple[int, ...]
     begins_with_bos: bool
     """Whether it begins texts with its BOS token by itself."""
+    sampling: tuple[str, ...] = ()
+    """Settings by which it would draw lots, and which were switched off."""
 
     def provenance(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -42,6 +44,7 @@ class Tokenizer:
             "eos_token_id": self.eos_id,
             "special_token_ids": list(self.special_ids),
             "begins_with_bos": self.begins_with_bos,
+            **({"sampling_switched_off": list(self.sampling)} if self.sampling else {}),
         }
 
     def context_bos(self, packing: Packing) -> int | None:
@@ -59,10 +62,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with only_described(folder) as view:
+            encoder = AutoTokenizer.from_pretrained(view, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidRequest(f"the model's tokenizer cannot be read ({reason})", code="unknown_model") from error
+    sampling = without_sampling(encoder)
     encoder.truncation_side = "right"  # a document that is cut keeps its beginning, whatever the tokenizer is set to
     added = {number for number, token in encoder.added_tokens_decoder.items() if token.special}
     return Tokenizer(
@@ -72,6 +77,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         eos_id=encoder.eos_token_id,
         special_ids=tuple(sorted(added | set(encoder.all_special_ids))),
         begins_with_bos=begins_with_bos(encoder),
+        sampling=sampling,
     )
 
 

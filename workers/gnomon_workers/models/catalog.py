@@ -21,19 +21,17 @@ from gnomon_workers.models import gguf_llama
 from gnomon_workers.models.gguf_header import GgufHeader
 from gnomon_workers.models.hub import HUB_ID, find_hub_model
 from gnomon_workers.models.modules import find_skeleton, is_causal
+from gnomon_workers.models.tokenizers import TOKENIZER_FILES
 from gnomon_workers.models.weight_files import (
+    Tensors,
     bad_model,
     read_config,
     read_gguf,
-    tensor_shapes,
+    read_tensors,
     weight_files,
 )
 
 ModelKind = Literal["hub", "folder", "gguf"]
-TOKENIZER_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 _MOST_COMPARED: Final = 1000
 """Of names with one that is misspelt: comparing takes a fraction of a millisecond each."""
 
@@ -83,7 +81,7 @@ def describe_model(source: ModelSource, input_roots: Sequence[str]) -> ModelDesc
     """
     if HUB_ID.match(source.source) and not source.source.lower().endswith(".gguf"):
         found = find_hub_model(source.source, source.revision)
-        return _describe(source.source, "hub", found.config, found.shapes, revision=found.commit)
+        return _describe(source.source, "hub", found.config, found.tensors, revision=found.commit)
     if source.revision is not None:
         raise bad_model(f"revision={source.revision!r} belongs to hub models, and {source.source!r} is a path")
     location = resolve_input(source.source, input_roots, schemes=("file",))
@@ -138,22 +136,21 @@ def _describe_folder(source: str, folder: Path) -> ModelDescription:
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not tokenizer:
         raise bad_model(f"{source!r} has no tokenizer; put tokenizer.json beside its config.json")
-    shapes = {name: shape for path in files for name, shape in tensor_shapes(path).items()}
     read = (folder / "config.json", *files, *tokenizer)
-    return _describe(source, "folder", config, shapes, files=read, path=str(folder))
+    return _describe(source, "folder", config, read_tensors(folder), files=read, path=str(folder))
 
 
 def _describe(
     source: str,
     kind: ModelKind,
     config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Tensors,
     *,
     files: tuple[Path, ...] = (),
     revision: str | None = None,
     path: str | None = None,
 ) -> ModelDescription:
-    skeleton = find_skeleton(source, config, shapes)
+    skeleton = find_skeleton(source, config, tensors)
     return ModelDescription(
         source=source,
         kind=kind,
@@ -164,7 +161,7 @@ def _describe(
         has_head=skeleton.has_head,
         model_type=str(config.get("model_type", "")),
         n_layers=skeleton.n_layers,
-        n_parameters=sum(prod(shape) for shape in shapes.values()),
+        n_parameters=sum(prod(shape) for shape in tensors.shapes.values()),
         hidden_size=skeleton.hidden_size,
         n_embeddings=skeleton.n_embeddings,
         context_length=skeleton.context_length,
@@ -183,8 +180,8 @@ def _describe_gguf(source: str, location: Location, path: Path) -> ModelDescript
             code="unsupported_model",
         )
     config = gguf_llama.read_config(header)
-    shapes = gguf_llama.read_shapes(header)
-    return _describe(source, "gguf", config, shapes, files=(path,), path=str(path))
+    tensors = Tensors(shapes=gguf_llama.read_shapes(header))
+    return _describe(source, "gguf", config, tensors, files=(path,), path=str(path))
 
 
 @lru_cache(maxsize=32)

@@ -25,7 +25,7 @@ from gnomon_workers.models.tokenizers import begins_with_bos
 from gnomon_workers.runtime.scratch import scratch_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_CONVERTER_VERSION: Final = 2
+_CONVERTER_VERSION: Final = 3
 
 
 def gguf_folder(path: Path) -> Path:
@@ -114,11 +114,21 @@ def _save_tokenizer(path: Path, meta: Mapping[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _cut_digits(tokenizer, meta.get("tokenizer.ggml.pre"))
     tokens, kinds = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.token_type", [])
     special = [token for token, kind in zip(tokens, kinds, strict=False) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     _begin_with_bos(tokenizer, meta.get("tokenizer.ggml.add_bos_token"))
     tokenizer.save_pretrained(folder)
+
+
+def _cut_digits(tokenizer: Any, split: str | None) -> None:
+    """Have every digit stand alone, where the file says so in a name that Transformers does not know."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    if split in gguf_llama.DIGIT_SPLITS:
+        cuts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(cuts)
 
 
 def _begin_with_bos(tokenizer: Any, is_wanted: bool | None) -> None:

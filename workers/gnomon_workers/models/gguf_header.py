@@ -53,12 +53,17 @@ def parse_gguf(path: Path) -> GgufHeader:
         arrays: set[str] = set()
         for _ in range(n_fields):
             key, kind = cursor.string(), cursor.scalar("<I")
+            if key in fields or key in arrays:
+                raise ValueError(f"it holds setting {key!r} twice")
             if kind == _ARRAY:
                 cursor.skip_array()
                 arrays.add(key)
             else:
                 fields[key] = cursor.value(kind)
-        shapes = dict(_tensor(cursor) for _ in range(n_tensors))
+        tensors = [_tensor(cursor) for _ in range(n_tensors)]
+        shapes = dict(tensors)
+        if len(shapes) < len(tensors):
+            raise ValueError("it holds two tensors of one name")
         return GgufHeader(fields=fields, arrays=frozenset(arrays), shapes=shapes)
 
 

@@ -21,6 +21,16 @@ LLAMA3_ROPES: Final = tuple(
     for factor in (8.0, 32.0)
 )  # fmt: skip
 """The scalings that Meta's Llama 3.1 to 3.3 were published with."""
+DIGIT_SPLITS: Final = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshell"))
+"""GPT-2's way to cut text, once every digit stands alone."""
+SPLITS: Final = DIGIT_SPLITS | {
+    # GPT-2's own way, which files that name none are read with as well
+    "default", "gpt-2", "phi-2", "mpt", "olmo", "jais",
+    # those that Transformers knows by these names
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe",
+    "tekken", "qwen2", "deepseek-r1-qwen", "megrez", "gpt-4o", "llama4",
+}  # fmt: skip
+"""Ways to cut text before merging, as `tokenizer.ggml.pre` names them."""
 _TRANSLATED: Final = frozenset(
     f"{ARCHITECTURE}.{name}"
     for name in (
@@ -65,6 +75,7 @@ def read_config(header: GgufHeader) -> dict[str, Any]:
     """config.json of the model; raises InvalidRequest, "unsupported_model", for settings that are not understood."""
     own = {name for name in (*header.fields, *header.arrays) if name.startswith(f"{ARCHITECTURE}.")}
     _refuse("settings", sorted(own - _TRANSLATED) + sorted(header.arrays & own & _TRANSLATED))
+    _check_tokenizer(header.fields)
     field = _Fields(header.fields)
     n_heads = field.whole("attention.head_count")
     shapes = read_shapes(header)
@@ -122,13 +133,25 @@ def _head_dim(field: _Fields, n_heads: int) -> int:
 
 
 def _rope(field: _Fields) -> dict[str, Any]:
-    kind = field.get("rope.scaling.type", "none")
-    factor = field.number("rope.scaling.factor", field.get("rope.scale_linear") or 1.0)
-    if kind == "linear" or (kind == "none" and field.get("rope.scale_linear") is not None):
-        return {"rope_type": "linear", "factor": factor}
-    if kind != "none":
+    """Scaling of rotary positions as llama.cpp reads it: linear unless the type is "none", newer factor first."""
+    kind = field.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
         raise _unsupported(f"{ARCHITECTURE}.rope.scaling.type is {kind!r}, and 'none' or 'linear' are understood")
-    return {"rope_type": "default"}
+    name = "rope.scaling.factor" if field.get("rope.scaling.factor") is not None else "rope.scale_linear"
+    factor = field.number(name, 1.0)
+    return {"rope_type": "default"} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _check_tokenizer(fields: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer whose way to cut text before merging is not known; llama.cpp reads it for byte-level BPE."""
+    model, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if model not in (None, "llama", "gpt2"):
+        raise _unsupported(f"tokenizer.ggml.model is {model!r}, and 'llama' or 'gpt2' are understood")
+    if model == "gpt2" and split is not None and split not in SPLITS:
+        raise _unsupported(
+            f"tokenizer.ggml.pre is {split!r}, a way to cut text before merging that is not known: the tokens would be "
+            "others than those that the model was trained on"
+        )
 
 
 def _refuse(what: str, names: Iterable[str]) -> None:

@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from gnomon.errors import InvalidRequest, Unavailable
-from gnomon_workers.models.weight_files import bad_model, read_config, tensor_shapes, weight_files
+from gnomon_workers.models.tokenizers import TOKENIZER_FILES
+from gnomon_workers.models.weight_files import (
+    INDEX,
+    Tensors,
+    bad_model,
+    check_alone,
+    read_config,
+    read_index,
+    read_tensors,
+    weight_files,
+)
 
 HUB_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
 COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
 MODEL_FILES: Final = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "*.txt", "tokenizer*", "*.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "generation_config.json",
+    "generation_config.json", *TOKENIZER_FILES,
 )  # fmt: skip
 """What is downloaded of a model: no code and no pickles."""
 _TIMEOUT_S: Final = 10.0
@@ -29,7 +39,7 @@ class HubModel:
 
     commit: str
     config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
+    tensors: Tensors
 
 
 def find_hub_model(repo: str, revision: str | None) -> HubModel:
@@ -74,14 +84,15 @@ def _ask(api: Any, repo: str, revision: str | None) -> HubModel:
     if not isinstance(commit, str) or not COMMIT.match(commit):
         raise bad_model(f"the hub names no commit for {repo!r} at {revision!r}")
     config = json.loads(Path(api.hf_hub_download(repo, "config.json", revision=commit)).read_bytes())
-    files = api.get_safetensors_metadata(repo, revision=commit).files_metadata.values()
-    shapes = {name: tuple(info.shape) for file in files for name, info in file.tensors.items()}
-    return HubModel(commit=commit, config=config, shapes=shapes)
+    found = api.get_safetensors_metadata(repo, revision=commit)
+    if not found.sharded and api.file_exists(repo, INDEX, revision=commit):
+        check_alone(read_index(Path(api.hf_hub_download(repo, INDEX, revision=commit))).values())
+    files = [(name, file.tensors) for name, file in found.files_metadata.items()]
+    return HubModel(commit=commit, config=config, tensors=Tensors.of_files(files, found.weight_map))
 
 
 def _from_folder(folder: Path) -> HubModel:
-    shapes = {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
-    return HubModel(commit=folder.name, config=read_config(folder), shapes=shapes)
+    return HubModel(commit=folder.name, config=read_config(folder), tensors=read_tensors(folder))
 
 
 @contextmanager

@@ -6,22 +6,24 @@ No code from a model's repository is ever run, and no pickled weights are read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from gnomon.errors import Unavailable
 from gnomon.specs import ModelSource
 from gnomon_storage.location import resolve_input
+from gnomon_workers.models.building import faults_of, fill, lacks_head, settings_of
 from gnomon_workers.models.gguf_folder import gguf_folder
 from gnomon_workers.models.hub import HUB_ID, MODEL_FILES, unanswered
 from gnomon_workers.models.modules import is_causal, refuse_faults
-from gnomon_workers.models.skeleton import faults_of, lacks_head, without_cache
-from gnomon_workers.models.weight_files import read_config
+from gnomon_workers.models.skeleton import without_cache
+from gnomon_workers.models.weight_files import read_config, read_tensors, weight_files
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,25 +41,30 @@ class LoadedModel:
 def load_model(source: ModelSource, input_roots: Sequence[str], *, device: torch.device) -> LoadedModel:
     """Load a model: AutoModelForCausalLM where its config names a causal class, else AutoModel.
 
-    Raises InvalidRequest, "incomplete_model", where a tensor is missing, has another shape or no place in the model.
+    The weights are those of `read_tensors` in this folder, whatever else lies there. Raises InvalidRequest,
+    "incomplete_model", where a tensor is missing, has another shape or dtype or no place in the model.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # there is no terminal on a worker
     folder = model_folder(source, input_roots)
-    causal = is_causal(read_config(folder))
-    auto: Any = AutoModelForCausalLM if causal else AutoModel
-    module, info = auto.from_pretrained(
-        folder, dtype=_DTYPES[source.dtype], use_safetensors=True, trust_remote_code=False, local_files_only=True,
-        output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
-    refuse_faults(source.source, tuple(faults_of(module, info)))
+    config, tensors = read_config(folder), read_tensors(folder)
+    with _opened(weight_files(folder)) as weights:
+        module, info = fill(config, settings_of(config), weights, dtype=_DTYPES[source.dtype])
+    refuse_faults(source.source, tuple(faults_of(module, info, tensors.odd_dtypes)))
     return LoadedModel(
-        module=module.eval().requires_grad_(False).to(device),
-        is_causal=causal and not lacks_head(module, info),
+        module=cast("nn.Module", module).requires_grad_(False).to(device),
+        is_causal=is_causal(config) and not lacks_head(module, info),
         device=device,
     )
+
+
+@contextmanager
+def _opened(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Tensor -> a slice of an open file, which is read when the model is filled."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def model_folder(source: ModelSource, input_roots: Sequence[str]) -> Path:

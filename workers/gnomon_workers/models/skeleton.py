@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gnomon_workers.models.building import faults_of, fill, lacks_head, output_embeddings, settings_of
 from gnomon_workers.models.modules import Skeleton, is_causal
-from gnomon_workers.runtime.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -28,21 +28,19 @@ _PROBE: Final = (3, 7)
 """Contexts and tokens of the trial run: two numbers that are no width of a model."""
 MOST_CPU_S: Final = 120
 MOST_BYTES: Final = 4 << 30
-_RESIDUE: Final = ("inv_freq", "position_ids", "masked_bias", "attn.bias", "num_batches_tracked")
-"""Constants that old checkpoints hold and that models compute by themselves."""
-_UNREAD: Final = ("pooler",)
-"""Parts of encoders behind all layers, which a harvest does not read."""
 
 
 class NotHarvestable(ValueError):
     """No model that can be harvested is made of this config; the message says why."""
 
 
-def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Skeleton:
+def describe(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], odd_dtypes: Mapping[str, str] | None = None
+) -> Skeleton:
     """What a checkpoint's class is made of; raises NotHarvestable."""
-    model, info = build(config, shapes)
+    model, info = _build(config, shapes, odd_dtypes or {})
     outputs = _trial_run(model)
-    faults = faults_of(model, info)
+    faults = faults_of(model, info, odd_dtypes or {})
     text = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     return Skeleton(
@@ -58,63 +56,17 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     )
 
 
-def build(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Model, Mapping[str, Any]]:
-    """The model on the meta device, and what Transformers says of a checkpoint with tensors of these shapes."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM if is_causal(config) else AutoModel
-
-    with scratch_folder() as folder:
-        (folder / "config.json").write_text(json.dumps(config))
-        with _refused("config.json is not one that Transformers reads"):
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def _build(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], odd_dtypes: Mapping[str, str]
+) -> tuple[Model, Mapping[str, Any]]:
+    """The model on the meta device, and what Transformers says of a checkpoint with such tensors."""
+    with _refused("config.json is not one that Transformers reads"):
+        settings = settings_of(config)
     with _refused("no model can be built of its config"):
-        with torch.device("meta"):
-            bare = auto.from_config(settings, dtype=torch.bfloat16, trust_remote_code=False)
-        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        model, info = type(bare).from_pretrained(
-            None, config=settings, state_dict=tensors, dtype=torch.bfloat16, device_map="meta",
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    return model.eval(), info
-
-
-def faults_of(model: Model, info: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a checkpoint, tensor by tensor, given what Transformers said when it was loaded."""
-    head = _head(model)
-    for name in sorted(info["missing_keys"]):
-        if not name.startswith((*(f"{part}." for part in _UNREAD), f"{head}.")):
-            yield f"tensor {name} is missing"
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        yield f"tensor {name} has shape {tuple(found)}, and its config wants {tuple(wanted)}"
-    for name in sorted(info["unexpected_keys"]):
-        if _belongs(model, name) and not name.endswith(_RESIDUE):
-            yield f"tensor {name} has no place in {type(model).__name__}"
-    yield from sorted(str(message) for message in info["error_msgs"])
-
-
-def _belongs(model: Model, name: str) -> bool:
-    """Whether a tensor is named as if it were a part of what is computed, and not a head on top of it."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    parts = {child for child, _ in model.named_children()}
-    parts |= {child for child, _ in getattr(model, "base_model", model).named_children()}
-    return bool({name.partition(".")[0], name.removeprefix(prefix).partition(".")[0]} & (parts - {_head(model)}))
-
-
-def _head(model: Model) -> str:
-    """Path of the module that makes logits; a name that no module has where there is none."""
-    head = _output_embeddings(model)
-    return next((name for name, module in model.named_modules() if module is head), "(none)")
-
-
-def _output_embeddings(model: Model) -> nn.Module | None:
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return found if isinstance(found, nn.Module) else None
-
-
-def lacks_head(model: Model, info: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint has no weights for what makes logits, which would be random."""
-    return any(name.startswith(f"{_head(model)}.") for name in info["missing_keys"])
+        # of odd dtypes only the name is asked: their tensors are refused, or have another place than a weight's
+        kinds = dict.fromkeys(odd_dtypes, torch.long)
+        tensors = {name: torch.empty(shape, device="meta", dtype=kinds.get(name)) for name, shape in shapes.items()}
+        return fill(config, settings, tensors, dtype=torch.bfloat16, device_map="meta")
 
 
 # ---------------------------------------------------------------------------------------------- what can be hooked
@@ -153,6 +105,8 @@ def _one_run(model: Model) -> tuple[dict[str, int | str], str]:
             ids = torch.zeros(_PROBE, dtype=torch.long, device="meta")
             model(input_ids=ids, attention_mask=torch.ones_like(ids), **without_cache(model))
     except Exception as error:
+        if _is_of_the_machine(error):
+            raise
         failure = _reason(error)
     finally:
         for handle in handles:
@@ -168,7 +122,7 @@ def _parts(model: Model) -> tuple[list[str], dict[str, int | str]]:
     """Paths of the modules that may be hooked, and why others may not: of an encoder-decoder, all but its encoder."""
     body = model.base_model
     root = next(f"{name}." if name else "" for name, module in model.named_modules() if module is body)
-    whole = {id(body), id(getattr(body, "model", None)), id(_output_embeddings(model))}
+    whole = {id(body), id(getattr(body, "model", None)), id(output_embeddings(model))}
     names = [
         name
         for name, module in model.named_modules()
@@ -238,7 +192,15 @@ def _refused(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _is_of_the_machine(error):
+            raise
         raise NotHarvestable(f"{what} ({_reason(error)})") from error
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether the same question might be answered elsewhere or later: no memory, no room, no process."""
+    is_allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_allocation or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _reason(error: Exception) -> str:
@@ -248,7 +210,8 @@ def _reason(error: Exception) -> str:
 def _limit() -> None:
     """Two minutes of a core and four gigabytes: a config may ask for a million layers."""
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
+        # at the hard limit the signal is SIGKILL, which would look like another's doing
+        resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S + 10))
         resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
 
 
@@ -262,14 +225,22 @@ def main() -> int:
     asked = json.load(sys.stdin)
     answer = os.dup(1)
     os.dup2(2, 1)  # whatever libraries print must not be taken for the answer
-    try:
-        shapes = {name: tuple(shape) for name, shape in asked["shapes"].items()}
-        found: dict[str, Any] = {"skeleton": describe(asked["config"], shapes).to_json()}
-    except NotHarvestable as error:
-        found = {"refused": str(error)}
     with os.fdopen(answer, "w") as output:
-        json.dump(found, output)
+        json.dump(_answer(asked), output)
     return 0
+
+
+def _answer(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """{"skeleton": ...}, or why there is none: "refused" for good, or "failed" this time."""
+    shapes = {name: tuple(shape) for name, shape in asked["shapes"].items()}
+    try:
+        return {"skeleton": describe(asked["config"], shapes, asked["odd_dtypes"]).to_json()}
+    except NotHarvestable as error:
+        return {"refused": str(error)}
+    except OSError:
+        raise  # of the machine: whoever asked sees that nothing was answered
+    except Exception as error:
+        return {"failed": _reason(error)}
 
 
 if __name__ == "__main__":

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gnomon.events import EventData, ProfileWritten
+from gnomon.specs.train import UNTRACED_STEPS
 from gnomon_storage.backends import mapped_errors
 from gnomon_storage.location import Location
 from gnomon_workers.runtime.scratch import scratch_folder
-
-SKIPPED_STEPS: Final = 10
-"""Steps of an attempt before the trace: the first ones allocate, compile and fill caches."""
 
 
 class StepProfile:
@@ -23,7 +21,7 @@ class StepProfile:
     def __init__(self, place: Location, n_steps: int, *, first_step: int, report: Callable[[EventData], None]) -> None:
         """The trace goes to `place`, and `report` is told so; the run begins at first_step."""
         self._place = place
-        self._start = first_step + SKIPPED_STEPS
+        self._start = first_step + UNTRACED_STEPS
         self._stop = self._start + n_steps
         self._report = report
         self._profile: Any = None

@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints
 from gnomon.resources import ApiKey, NewApiKey, Page
 from gnomon.specs import Spec
 from gnomon_service.rest.deps import Admin, Id, ServicesDep
-from gnomon_service.tenancy.keys import Scope
+from gnomon_service.tenancy.keys import LONGEST_LIFE_S, Scope
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
@@ -22,7 +22,7 @@ class KeyRequest(Spec):
     """A label for people."""
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1, max_length=3)] = ("read", "write")
     """What the key may do; write includes read, admin includes both."""
-    expires_in_s: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    expires_in_s: Annotated[int, Field(ge=1, le=LONGEST_LIFE_S)] | None = None
     """Seconds until it expires; None = never."""
 
 
