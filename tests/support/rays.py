@@ -37,15 +37,16 @@ def local_ray(*, n_cpus: int) -> Iterator[None]:
 
 
 class TwoMachines:
-    """A Ray whose second node, of one core as the first, comes and goes."""
+    """A Ray whose second node, of as many cores as the first, comes and goes."""
 
-    def __init__(self, cluster: Any) -> None:
+    def __init__(self, cluster: Any, n_cpus: int) -> None:
         self._cluster = cluster
+        self._n_cpus = n_cpus
         self.add_second()
 
     def add_second(self) -> None:
         """Let it come."""
-        self._second = self._cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+        self._second = self._cluster.add_node(num_cpus=self._n_cpus, object_store_memory=100 << 20)
 
     def lose_second(self) -> None:
         """Let it go at once, with all that runs there."""
@@ -53,8 +54,8 @@ class TwoMachines:
 
 
 @contextmanager
-def two_machines() -> Iterator[TwoMachines]:
-    """Two nodes of one core each on this machine, gone afterwards."""
+def two_machines(*, n_cpus: int = 1) -> Iterator[TwoMachines]:
+    """Two nodes of n_cpus cores each on this machine, gone afterwards."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -63,13 +64,13 @@ def two_machines() -> Iterator[TwoMachines]:
         import ray
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+        head = {"num_cpus": n_cpus, "object_store_memory": 100 << 20, "include_dashboard": False}
         # it would make itself the Ray of this machine, which other tests, or another's service, would then connect to
         with patch("ray._private.utils.write_ray_address"):
             cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
     try:
-        yield TwoMachines(cluster)
+        yield TwoMachines(cluster, n_cpus)
     finally:
         ray.shutdown()
         with patch("ray._common.utils.reset_ray_address"):
