@@ -55,7 +55,7 @@ def test_a_child_that_writes_for_long_fills_a_bounded_place(tmp_path: Path, chil
 
     wait_until(is_over, "the child's last line")
     parts = [log, *(log.with_name(f"{log.name}.{number}") for number in (1, 2, 3))]
-    assert set(log.parent.iterdir()) == set(parts)
+    wait_until(lambda: set(log.parent.iterdir()) == set(parts), "the end of the last turn")
     # of 20 MB: four files, one that is copied, and in each what comes between two looks
     assert highest < 15 * LIMIT
     whole = [line for part in reversed(parts) for line in part.read_text().split("\n") if len(line) == 99]
