@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
@@ -26,7 +27,7 @@ from gnomon.errors import InvalidRequest, Unavailable
 from gnomon.specs import ModelSource
 from gnomon_storage.digests import combine, spelled_out
 from gnomon_workers.harvest.tokens import encode_joined, load_tokenizer
-from gnomon_workers.models import loading, modules, skeleton
+from gnomon_workers.models import modules, skeleton
 from gnomon_workers.models.building import faults_of
 from gnomon_workers.models.catalog import ModelDescription, describe_model
 from gnomon_workers.models.loading import load_model
@@ -101,7 +102,7 @@ def other_tokenizer(folder: Path, name: str = "tokenizer.4.0.0.json") -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fast_tokenizer_files": [name]}))
 
 
-BESIDE: dict[str, Callable[[Path], None]] = {
+BESIDE: dict[str, Callable[[Path], object]] = {
     "plain": lambda folder: None,
     "shards": divide,
     "another precision": lambda folder: beside(folder, "model.fp16.safetensors"),
@@ -139,7 +140,7 @@ def test_weights_are_read_from_the_described_files_and_from_no_other(
 ) -> None:
     BESIDE[case](folder)
     opened: list[Path] = []
-    real: Any = loading.safe_open
+    real: Any = safe_open
 
     def recorded(path: Path, **options: Any) -> Any:
         opened.append(path)
@@ -148,7 +149,7 @@ def test_weights_are_read_from_the_described_files_and_from_no_other(
     def never(*_: object, **__: object) -> Any:
         raise AssertionError("Transformers looked for files by itself")
 
-    monkeypatch.setattr(loading, "safe_open", recorded)
+    monkeypatch.setattr("gnomon_workers.models.loading.safe_open", recorded)
     monkeypatch.setattr("transformers.modeling_utils.safe_open", never)
     load(folder)
     assert sorted(opened) == sorted(path for path in describe(folder).files if path.suffix == ".safetensors")
@@ -360,7 +361,7 @@ def test_the_time_limit_tells_its_signal_from_a_kill() -> None:
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
-def with_dropout(folder: Path) -> PreTrainedTokenizerFast:
+def with_dropout(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["dropout"] = 0.5
@@ -368,7 +369,7 @@ def with_dropout(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def unigram(_folder: Path) -> PreTrainedTokenizerFast:
+def unigram(_folder: Path) -> Any:
     pieces = [("<unk>", -9.0), ("a", -1.0), ("b", -1.1), ("ab", -1.2), ("aba", -1.3), ("bab", -1.4)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Backend(Unigram(pieces, unk_id=0)))
     model: Any = tokenizer.backend_tokenizer.model

@@ -23,6 +23,7 @@ from gnomon import _http, errors
 from gnomon._http import translated_errors
 from gnomon.async_client import AsyncClient, AsyncJobHandle, AsyncRemoteDictionary
 from gnomon.client import Client, JobHandle, RemoteDictionary
+from gnomon.errors import InvalidRequest
 from gnomon.specs import HarvestSpec, JobRequest
 from tests.support.sdk_server import HARVEST, JOB_ID, KEY, NOW, URL, Script, answer, client_of, event, job, problem
 

@@ -184,9 +184,7 @@ def _decode(data: bytes, file: TextFile, line: int | None) -> str:
     except UnicodeDecodeError as error:
         raise _bad(file, line, f"is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from error
     if text.count("\0") * _FEW_NULS > len(text):
-        raise _bad(
-            file, line, "is not UTF-8 text: too many of its characters are NUL, as in UTF-16; convert it to UTF-8"
-        )
+        raise _bad(file, line, "is not text: too many of its characters are NUL, as in UTF-16; convert it to UTF-8")
     return text
 
 

@@ -65,10 +65,10 @@ def without_sampling(tokenizer: Any) -> tuple[str, ...]:
             "enable_sampling out of its tokenizer_config.json",
             code="random_tokenizer",
         )
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    drawing = [name for name in _SAMPLING if getattr(getattr(backend, "model", None), name, None)]
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    drawing = [name for name in _SAMPLING if getattr(model, name, None)]
     for name in drawing:
-        setattr(backend.model, name, None)
+        setattr(model, name, None)
     if drawing:
         logger.warning("the tokenizer draws lots (%s), which is switched off", ", ".join(drawing))
     return tuple(drawing)
