@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from gnomon.errors import Conflict, NotFound
 from gnomon.resources import Job
@@ -13,6 +14,8 @@ from gnomon.specs import Mesh
 from gnomon.specs.request import JobChange
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import read_cluster, read_project
+from gnomon_service.db.tables import jobs
+from gnomon_service.dispatch import deciding
 from gnomon_service.jobs.steering import Steering
 from gnomon_workers.runtime.protocol import NodeSnapshot
 from tests.integration.test_service_dispatcher import Scene
@@ -312,3 +315,22 @@ def test_a_quota_is_kept_and_never_set_below_what_runs(scene: Steered) -> None:
             "n_devices_most": None,
             "held_by": None,
         }
+
+
+def test_a_job_that_nobody_can_read_harms_no_other(scene: Steered) -> None:
+    odd, other = scene.train(), scene.train()
+    with scene.bench.database.write() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == odd.id).values(spec={"kind": "train", "d_sae": "many"}))
+    scene.turn(2)
+    assert scene.attempt(odd).assignment.places == ("n",), "its supervisor says what is wrong with it"
+    assert scene.runs(other)
+
+
+def test_a_long_queue_is_looked_up_in_turns_the_hasty_first(scene: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deciding, "N_LOOKED_UP", 2)
+    slow = [scene.train(features=4) for _ in range(3)]
+    urgent = scene.train(features=4, job_class="urgent")
+    scene.turn()
+    assert scene.runs(urgent)
+    scene.turn(3)
+    assert [scene.reason(job)[0] for job in slow] == ["no_room"] * 3

@@ -59,7 +59,7 @@ def _training(
         return Demand(shapes=(Shape(*mesh),))
     if isinstance(spec.mesh, Mesh):
         return Demand(shapes=(Shape(spec.mesh.dp, spec.mesh.features),))
-    names = spec.hook_names or (spec.hook_name or next(iter(hooks)),)
+    names = spec.hook_names or (spec.hook_name or min(hooks),)
     target = spec.target_hook_name
     d_out = hooks[target] if target is not None and target != names[0] else None
     n_most = max(1, empty.n_devices)

@@ -9,13 +9,14 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, case, func, or_, select, update
 
+from gnomon.errors import GnomonError
 from gnomon.events import Logged
 from gnomon.specs.request import CLASSES
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import activation_stores, attempts, cluster, jobs, nodes, projects
 from gnomon_service.dispatch import reasons
 from gnomon_service.dispatch.asks import Demand, demand_of
-from gnomon_service.dispatch.decisions import Decisions, Gang
+from gnomon_service.dispatch.decisions import Decisions, Gang, Start
 from gnomon_service.dispatch.order import Ask, Share
 from gnomon_service.dispatch.reasons import Reason
 from gnomon_service.dispatch.room import FreeDevices, Node, Shape
@@ -30,6 +31,8 @@ WINDOW_S: Final = 86_400.0
 """What projects took is counted over so long."""
 N_AHEAD: Final = 3
 """Jobs named to one that waits behind them."""
+N_LOOKED_UP: Final = 500
+"""Specs that are read in one turn: each takes about a millisecond."""
 _HELD: Final = ("scheduled", "running")
 
 
@@ -46,45 +49,52 @@ class Scheduler:
         with self.database.read() as connection:
             waiting = read_waiting(connection)
             seen = _Seen.of(connection, snapshot)
-            self._look_up(connection, [*(job.id for job in waiting), *seen.running], seen)
-        blocked = {job.id: reason for job in waiting if (reason := reasons.hindrance(job)) is not None}
-        asks = [self._ask(job, seen) for job in waiting if job.id not in blocked]
+            blocked = {job.id: reason for job in waiting if (reason := reasons.hindrance(job)) is not None}
+            open_jobs = {job.id: job for job in waiting if job.id not in blocked}
+            in_haste = sorted(open_jobs.values(), key=_haste)
+            self._look_up(connection, [*seen.running, *(job.id for job in in_haste)], seen)
+        asks = [self._ask(job, seen) for job in open_jobs.values() if self._knows(job.id, seen)]
         gangs = [self._gang(row, seen) for row in seen.running.values()]
         stop = reasons.drained(seen.drained_by) if seen.drained_by else None
         decisions = decide(asks, gangs, seen.nodes, seen.shares, what=seen.what, starts_nothing=stop)
         self._write(decisions, seen)
         self._tell(waiting, decisions, blocked)
-        sizes = {ask.job_id: ask for ask in asks}
+        shapes = {ask.job_id: ask.shapes for ask in asks}
         return [
-            (start.job_id, _placement(sizes[start.job_id], start.places, start.guest_for_s, seen.kinds[start.job_id]))
+            (start.job_id, _placement(shapes[start.job_id], start, open_jobs[start.job_id].kind))
             for start in decisions.starts
         ]
 
     # ------------------------------------------------------------------------------------------ what there is
 
     def _look_up(self, connection: Connection, job_ids: Sequence[str], seen: _Seen) -> None:
-        """Read the specs of jobs that are seen for the first time; forget those that are no longer there."""
-        n_devices = seen.empty.n_devices
+        """Read the specs of jobs that are seen for the first time, at most N_LOOKED_UP of them; forget those that went.
+
+        The first of a long queue are known at once, the others some turns later.
+        """
+        n_devices = seen.n_devices
         self._demands = {key: demand for key, demand in self._demands.items() if key[1] == n_devices}
         known = {job_id for job_id, _ in self._demands}
         for job_id in known.difference(job_ids):
             del self._demands[job_id, n_devices]
-        fresh = [job_id for job_id in job_ids if job_id not in known]
+        fresh = [job_id for job_id in job_ids if job_id not in known][:N_LOOKED_UP]
         hooks = activation_stores.c.hooks
         joined = jobs.outerjoin(
             activation_stores,
             (activation_stores.c.project == jobs.c.project) & (activation_stores.c.id == jobs.c.store_id),
         )
-        for first in range(0, len(fresh), 500):
-            some = jobs.c.id.in_(fresh[first : first + 500])
-            statement = select(jobs.c.id, jobs.c.kind, jobs.c.spec, jobs.c.mesh, hooks).select_from(joined).where(some)
-            for row in connection.execute(statement):
-                mesh = None if row.mesh is None else (row.mesh[0], row.mesh[1])
-                if row.kind == "train" and not row.hooks:
-                    continue  # its store is not sealed yet: it is asked for when it is
-                self._demands[row.id, n_devices] = demand_of(
-                    row.kind, row.spec, row.hooks or {}, mesh=mesh, empty=seen.empty, device=seen.device
-                )
+        columns = (jobs.c.id, jobs.c.kind, jobs.c.spec, jobs.c.mesh, hooks)
+        for row in connection.execute(select(*columns).select_from(joined).where(jobs.c.id.in_(fresh))):
+            mesh = None if row.mesh is None else (row.mesh[0], row.mesh[1])
+            try:
+                demand = demand_of(row.kind, row.spec, row.hooks or {}, mesh=mesh, empty=seen.empty, device=seen.device)
+            except (GnomonError, ValueError, LookupError):
+                # it cannot be read, or never fits: its attempt says so, on one device, and harms no other job
+                demand = Demand(shapes=(Shape(1),))
+            self._demands[row.id, n_devices] = demand
+
+    def _knows(self, job_id: str, seen: _Seen) -> bool:
+        return (job_id, seen.n_devices) in self._demands
 
     def _ask(self, job: Waiting, seen: _Seen) -> Ask:
         demand = self._demand_of(job.id, seen)
@@ -118,7 +128,8 @@ class Scheduler:
         )
 
     def _demand_of(self, job_id: str, seen: _Seen) -> Demand:
-        return self._demands.get((job_id, seen.empty.n_devices), Demand(shapes=(Shape(1),)))
+        # of what runs more than was looked up: what it holds is known all the same
+        return self._demands.get((job_id, seen.n_devices), Demand(shapes=(Shape(1),)))
 
     # ------------------------------------------------------------------------------------------ what is decided
 
@@ -165,8 +176,9 @@ class _Seen:
     nodes: list[Node]
     empty: FreeDevices
     device: Device
+    n_devices: int
+    """On which may be started."""
     running: dict[str, Mapping[str, Any]]
-    kinds: dict[str, str]
     shares: dict[str, Share]
     drained_by: str | None
 
@@ -189,12 +201,13 @@ class _Seen:
             for node in snapshot.nodes
         ]
         running = _read_running(connection)
+        empty = FreeDevices.of(found)
         return cls(
             nodes=found,
-            empty=FreeDevices.of(found),
+            empty=empty,
+            n_devices=empty.n_devices,
             device="gpu" if uses_gpus else "cpu",
             running=running,
-            kinds=dict(connection.execute(select(jobs.c.id, jobs.c.kind).where(jobs.c.state == "queued")).all()),
             shares=_read_shares(connection),
             drained_by=connection.execute(select(cluster.c.drained_by)).scalar(),
         )
@@ -246,6 +259,11 @@ def _read_shares(connection: Connection) -> dict[str, Share]:
     return shares
 
 
+def _haste(job: Waiting) -> tuple[int, int, float]:
+    """Sorts the jobs that are looked up first to the front."""
+    return (-CLASSES.index(job.job_class), -job.priority, -job.waited_s)
+
+
 def _told(reason: Reason, *, position: int | None = None, ahead: Sequence[str] = ()) -> dict[str, Any]:
     return {"position": position, "ahead": list(ahead), "code": reason.code, "message": reason.message}
 
@@ -257,7 +275,7 @@ def _ends_in_s(progress: Mapping[str, Any] | None) -> float | None:
     return max(0.0, float(progress["total"] - progress["done"]) / float(progress["rate"]))
 
 
-def _placement(ask: Ask, places: tuple[str, ...], guest_for_s: float | None, kind: str) -> Placement:
-    shape = next((shape for shape in ask.shapes if shape.n_devices == len(places)), None)
+def _placement(shapes: Sequence[Shape], start: Start, kind: str) -> Placement:
+    shape = next((shape for shape in shapes if shape.n_devices == len(start.places)), None)
     mesh = (shape.n_groups, shape.group_size) if kind == "train" and shape is not None else None
-    return Placement(places=places, mesh=mesh, guest_for_s=guest_for_s)
+    return Placement(places=start.places, mesh=mesh, guest_for_s=start.guest_for_s)
