@@ -81,6 +81,37 @@ def test_a_mesh_of_auto_is_fixed_by_the_first_attempt(scene: Steered) -> None:
     assert (again.attempt, again.mesh) == (2, first.mesh)
 
 
+def test_a_mesh_of_auto_stays_when_there_is_less_room_at_its_return(scene: Steered) -> None:
+    job = scene.bench.submit(train_spec(batch_size=4096, d_sae=1 << 20))
+    scene.turn()
+    first = scene.attempt(job).assignment
+    assert len(first.places) > 1, "it would also run on less"
+    scene.steering.pause(PROJECT, job.id, by=BY)
+    scene.turn()
+    scene.attempt(job).end("left")
+    scene.turn(2)
+    other = scene.train()
+    scene.turn()
+    scene.bench.queue.resume(PROJECT, job.id)
+    scene.turn(2)
+    assert scene.runs(other)
+    assert scene.reason(job)[0] == "no_room"
+    scene.attempt(other).end("failed", code="x", message="y")
+    scene.turn(3)
+    assert scene.attempt(job).assignment.mesh == first.mesh
+
+
+def test_a_job_that_is_to_leave_before_it_began_does_not_begin(scene: Steered) -> None:
+    job = scene.train()
+    held = scene.bench.claim_next("a")
+    assert held is not None
+    scene.steering.pause(PROJECT, job.id, by=BY)
+    scene.bench.let_lease_pass(job.id)
+    scene.turn(2)
+    assert scene.cluster.n_started == 0
+    assert (scene.bench.job(job.id).state, scene.bench.job(job.id).paused_by) == ("queued", BY)
+
+
 def test_small_jobs_run_around_a_large_one_that_waits(scene: Steered) -> None:
     running = scene.train(features=3)
     scene.turn()

@@ -81,6 +81,9 @@ class Attempts:
             if wish.cancel_requested:
                 self._end(run, "cancelled", partial(self.leases.cancelled, run.lease))
                 return
+            if wish.leave_why is not None:
+                self._end(run, f"left: {wish.leave_why}", partial(self.leases.put_back, run.lease, wish.leave_why))
+                return
             self._start(run)
         self._watch(run, wish)
 

@@ -59,6 +59,8 @@ class Scheduler:
         decisions = decide(asks, gangs, seen.nodes, seen.shares, what=seen.what, starts_nothing=stop)
         self._write(decisions, seen)
         self._tell(waiting, decisions, blocked)
+        for start in decisions.starts:  # it has a mesh now, which it keeps: what it asks for is another thing
+            self._demands.pop((start.job_id, seen.n_devices), None)
         shapes = {ask.job_id: ask.shapes for ask in asks}
         return [
             (start.job_id, _placement(shapes[start.job_id], start, open_jobs[start.job_id].kind))
