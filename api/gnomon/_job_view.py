@@ -47,7 +47,7 @@ def _pairs(job: Job) -> list[tuple[str, object]]:
         ("started", moment(job.started_at)),
         ("finished", moment(job.finished_at)),
         ("waits for", ", ".join(job.depends_on)),
-        ("progress", progress_text(job)),
+        ("progress", progress_text(job) if job.state == "running" else None),
         ("error", f"{job.error.message} ({job.error.code})" if job.error else None),
     ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import socket
+from types import SimpleNamespace
+from typing import Any
 
 import obstore.exceptions
 import pytest
@@ -12,6 +14,8 @@ import torch
 
 from gnomon.errors import InvalidRequest, StoreUnavailable, Unavailable
 from gnomon_workers.runtime.faults import own_fault
+from gnomon_workers.runtime.reporting import Ended, Reporter
+from gnomon_workers.train import publishing
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,24 @@ from gnomon_workers.runtime.faults import own_fault
 )
 def test_what_may_pass_is_not_the_jobs_own(error: Exception) -> None:
     assert own_fault(error) is None
+
+
+@pytest.mark.parametrize("kind", Ended.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_the_end_of_an_attempt_is_no_fault_and_nothing_goes_on_after_it(
+    kind: type[Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that was asked to leave while it was evaluated must not publish itself without its metrics."""
+    assert own_fault(kind()) is None
+
+    def end(*_: Any, **__: Any) -> None:
+        raise kind
+
+    monkeypatch.setattr(publishing, "run_evaluation", end)
+    anything: Any = SimpleNamespace(assignment=None, variant="")
+    reporter = Reporter()
+    with pytest.raises(kind):
+        publishing._measure(anything, anything, reporter, anything, anything)
+    assert reporter.after(0) == ()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Final
 
 from gnomon.errors import GnomonError
 from gnomon_storage.backends import store_failure
+from gnomon_workers.runtime.reporting import Ended
 
 _TRACE_CHARACTERS: Final = 8_000
 """Of the end of a trace, which says why."""
@@ -30,7 +31,7 @@ def own_fault(error: Exception) -> GnomonError | None:
     failure = store_failure(error)
     if failure is not None:
         return failure
-    if _may_pass(error):
+    if isinstance(error, Ended) or _may_pass(error):
         return None
     code = "out_of_memory" if _is_device_memory(error) else "internal"
     return GnomonError(f"{summary(error)} (at {place(error)})", code=code, trace=trace(error))

@@ -26,15 +26,19 @@ _PROGRESS_MAX_S: Final = 15.0
 """Seconds between progress reports: a 200th of the phase so far, within these bounds."""
 
 
-class Cancelled(Exception):
+class Ended(Exception):
+    """An attempt ends, by no fault of the job's: whatever goes on after errors lets this pass."""
+
+
+class Cancelled(Ended):
     """The user asked the job to stop."""
 
 
-class Left(Exception):
+class Left(Ended):
     """The job was asked to leave, and has saved what it had."""
 
 
-class WorkerLost(Exception):
+class WorkerLost(Ended):
     """A worker died, hung or could not be placed: an infrastructure loss, the attempt is run again."""
 
 

@@ -28,7 +28,7 @@ from gnomon_workers.dictionaries.weights import WEIGHTS, write_weights
 from gnomon_workers.evaluate.dictionaries import alignment_of_files
 from gnomon_workers.evaluate.job import Measured, run_evaluation
 from gnomon_workers.runtime.faults import own_fault
-from gnomon_workers.runtime.reporting import Cancelled, Reporter, WorkerLost
+from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.runtime.scratch import scratch_folder
 from gnomon_workers.sae.plan import TrainPlan
 from gnomon_workers.train.run import Training, TrainRun
@@ -91,8 +91,6 @@ def _measure(
     """What an evaluation found; nothing but the reason where it failed by a fault that would come again."""
     try:
         return run_evaluation(run.assignment, reporter, folder, evaluation, variant=training.variant)
-    except (Cancelled, WorkerLost):
-        raise
     except Exception as error:
         fault = own_fault(error)
         if fault is None or isinstance(fault, Unavailable):
