@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -295,8 +297,9 @@ class JobHistoryOnPostgreSQL(JobHistory):
 
 @cache
 def _postgresql() -> Database:
-    # dropped with its server, which ends with this process
-    database = Database(fresh_database("postgresql", Path()).__enter__())
+    until_the_end = ExitStack()
+    database = Database(until_the_end.enter_context(fresh_database("postgresql", Path())))
+    atexit.register(until_the_end.close)  # before its server's end, which was registered earlier
     database.migrate()
     return database
 
