@@ -43,11 +43,11 @@ class Scene:
         """Begin a dispatcher under an owner of its own."""
         self.n_dispatchers += 1
         owner = f"dispatcher-{self.n_dispatchers}"
-        return self._begin(Child.begin(dispatch, self.their_url, self.port, self.home, owner, lease_s))
+        return self._begin(Child.begin(owner, dispatch, self.their_url, self.port, self.home, owner, lease_s))
 
     def new_client(self, pause_s: float = 0.01) -> Child:
         """Begin a client that goes on where the last one was cut off."""
-        return self._begin(Child.begin(submit_for_ever, self.their_url, self.diary.path, N_STORES, pause_s))
+        return self._begin(Child.begin("client", submit_for_ever, self.their_url, self.diary.path, N_STORES, pause_s))
 
     def submit(self, n_jobs: int) -> None:
         """Send so many requests, which must be answered."""
@@ -65,6 +65,12 @@ class Scene:
     def n_held(self) -> int:
         """Jobs that a dispatcher holds."""
         return self.n_in(*HELD)
+
+    def held_by(self, owner: str) -> set[str]:
+        """Jobs that a dispatcher holds, as the database has it."""
+        mine = select(jobs.c.id).where(jobs.c.lease_owner == owner, jobs.c.state.in_(HELD))
+        with self.bench.database.read() as connection:
+            return set(connection.execute(mine).scalars())
 
     def n_adopted(self) -> int:
         """How often a job was taken over."""

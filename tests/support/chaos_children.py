@@ -40,14 +40,15 @@ _context.set_forkserver_preload([__name__])
 class Child:
     """A process that this test started."""
 
+    name: str
     process: BaseProcess
 
     @classmethod
-    def begin(cls, target: Callable[..., None], *args: Any) -> Self:
+    def begin(cls, name: str, target: Callable[..., None], *args: Any) -> Self:
         """Run a function of this module in a process."""
         process = _context.Process(target=target, args=args, daemon=True)
         process.start()
-        return cls(process)
+        return cls(name, process)
 
     def send(self, number: signal.Signals) -> None:
         """Signal it; it must be alive."""
