@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.chaos.counts import count, tell
-from tests.chaos.scene import Scene, counts_of
+from tests.chaos.scene import N_BETWEEN_DRAINS, Scene, counts_of
 from tests.support.chaos_children import pause_at_random
 from tests.support.waiting import wait_until
 
@@ -19,6 +19,8 @@ def test_a_client_that_is_killed_loses_no_job_that_was_acknowledged(scene: Scene
         client.kill()
         n_kills += 1
         n_cut_off += scene.diary.lines()[-1][0] == "sent"
+        if n_kills % N_BETWEEN_DRAINS == 0:
+            scene.drain()
     history = scene.drain()
     counts = counts_of(scene, history)
     tell(kills=n_kills, cut_off=n_cut_off, **counts)
@@ -38,6 +40,8 @@ def test_a_dispatcher_that_is_killed_leaves_its_jobs_to_the_next(scene: Scene) -
         dispatcher.kill()
         n_kills += 1
         n_holding += scene.n_held() > 0
+        if n_kills % N_BETWEEN_DRAINS == 0:
+            scene.drain()
     history = scene.drain()
     tell(kills=n_kills, while_holding=n_holding, adopted=scene.n_adopted(), **counts_of(scene, history))
     assert min(n_holding, scene.n_adopted()) > 0, "no dispatcher was killed that held a job"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,9 +46,11 @@ class Child:
 
     @classmethod
     def begin(cls, name: str, target: Callable[..., None], *args: Any) -> Self:
-        """Run a function of this module in a process."""
-        process = _context.Process(target=target, args=args, daemon=True)
+        """Run a function of this module in a process, which can be stopped from now on."""
+        is_ready = _context.Event()
+        process = _context.Process(target=target, args=(is_ready, *args), daemon=True)
         process.start()
+        assert is_ready.wait(LIMIT_S), f"{name} did not begin"
         return cls(name, process)
 
     def send(self, number: signal.Signals) -> None:
@@ -124,9 +127,9 @@ def submit_one(bench: Bench, diary: Diary, key: str, n_stores: int) -> bool:
     return True
 
 
-def submit_for_ever(url: str, diary_path: Path, n_stores: int, pause_s: float) -> None:
+def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, pause_s: float) -> None:
     """Send requests one after the other, each until it is answered; sometimes first the one that a former life left."""
-    stop = _stop_on_sigterm()
+    stop = _stop_on_sigterm(is_ready)
     diary = Diary(diary_path)
     bench = Bench(Database(url, busy_timeout_s=LIMIT_S))
     left = diary.unanswered()[-1:] if random.random() < 0.5 else []
@@ -141,9 +144,9 @@ def submit_for_ever(url: str, diary_path: Path, n_stores: int, pause_s: float) -
 # ---------------------------------------------------------------------------------------------- dispatchers
 
 
-def dispatch(url: str, cluster_port: int, home: Path, owner: str, lease_s: float) -> None:
+def dispatch(is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float) -> None:
     """Run a dispatcher until SIGTERM; what it logs is in a file of its owner's name."""
-    stop = _stop_on_sigterm()
+    stop = _stop_on_sigterm(is_ready)
     logging.basicConfig(filename=home / f"{owner}.log", level=logging.INFO)
     database = Database(url, busy_timeout_s=LIMIT_S)
     settings = Settings(
@@ -165,8 +168,9 @@ def pause_at_random(most_s: float) -> None:
     time.sleep(random.uniform(0.0, most_s))
 
 
-def _stop_on_sigterm() -> threading.Event:
+def _stop_on_sigterm(is_ready: Event) -> threading.Event:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test, which ends its children
+    is_ready.set()
     return stop

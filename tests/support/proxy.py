@@ -23,6 +23,7 @@ class Proxy:
         self._open: set[socket.socket] = set()
         self._is_hanging = False
         self._cut_after: int | None = None
+        self._cut_at: bytes | None = None
         self._hang_after: int | None = None
         self.n_cut = 0
         """Connections that were cut while both ends held them."""
@@ -74,6 +75,15 @@ class Proxy:
             yield
         finally:
             self._cut_after = None
+
+    @contextmanager
+    def cutting_at(self, words: bytes) -> Iterator[None]:
+        """Cut every connection once the server has sent these, which do not pass."""
+        self._cut_at = words
+        try:
+            yield
+        finally:
+            self._cut_at = None
 
     @contextmanager
     def sticking(self, after: int) -> Iterator[None]:
@@ -132,6 +142,9 @@ class Proxy:
 
     def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
         n_left = self._cut_after if self._cut_after is not None else self._hang_after
+        if self._cut_at is not None:
+            n_left = 0
+            self._pass_until(server, client, self._cut_at)
         with suppress(OSError):
             while n_left is not None and n_left > 0 and (data := server.recv(min(1 << 16, n_left))):
                 client.sendall(data)
@@ -144,6 +157,15 @@ class Proxy:
         for end in (server, client):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _pass_until(self, server: socket.socket, client: socket.socket, words: bytes) -> None:
+        seen = b""
+        with suppress(OSError):
+            while data := server.recv(1 << 16):
+                seen = seen[-len(words) :] + data
+                if words in seen:
+                    return
+                client.sendall(data)
 
     def _count(self, data: bytes) -> None:
         with self._lock:

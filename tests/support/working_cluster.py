@@ -48,7 +48,7 @@ class WorkingCluster(MemoryCluster):
     def __init__(self, habits: Habits) -> None:
         super().__init__()
         self.nodes = tuple(NodeSnapshot(id=name, name=name, n_cpus=4, n_gpus=0) for name in "ab")
-        self._habits = habits
+        self.habits = habits
         self._began: dict[Key, float] = {}
         self._lock = threading.RLock()
 
@@ -69,19 +69,19 @@ class WorkingCluster(MemoryCluster):
 
     def _work(self, attempt: Attempt, worked_s: float) -> None:
         fate = random.Random(f"{attempt.assignment.job_id}/{attempt.assignment.attempt}")
-        n_reports = fate.randint(0, self._habits.n_reports_most)
-        while len(attempt.reports) < min(n_reports, int(worked_s / self._habits.report_s)):
+        n_reports = fate.randint(0, self.habits.n_reports_most)
+        while len(attempt.reports) < min(n_reports, int(worked_s / self.habits.report_s)):
             attempt.report("progress", phase="train", done=len(attempt.reports) + 1, total=n_reports, unit="tokens")
         if attempt.wanted is not None:
             attempt.places = attempt.wanted
-        is_stubborn = fate.random() < self._habits.p_stubborn
+        is_stubborn = fate.random() < self.habits.p_stubborn
         if (attempt.cancel_asked or attempt.leave_asked) and not is_stubborn:
             attempt.end("cancelled" if attempt.cancel_asked else "left")
         elif len(attempt.reports) == n_reports and not is_stubborn:
             self._finish(attempt, fate.random())
 
     def _finish(self, attempt: Attempt, fate: float) -> None:
-        habits = self._habits
+        habits = self.habits
         if fate < habits.p_lost:
             attempt.end("lost", message=DIED)
         elif fate < habits.p_lost + habits.p_failed:
