@@ -1,4 +1,4 @@
-# The commands of this repository: make demo, make test, make test-long, make check, make venv, make gpu-check.
+# The commands of this repository: make demo, make test, make test-long, make chaos, make check, make venv, make gpu-check.
 # Another interpreter or place for the environment: make PYTHON=python3.12 VENV=/tmp/gnomon venv
 
 PYTHON ?= python3
@@ -11,12 +11,13 @@ SAELENS := $(SAELENS_VENV)/bin/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long coverage check format saelens gpu-check clean
+.PHONY: help venv demo test test-long chaos coverage check format saelens gpu-check clean
 
 help:
 	@echo "make demo     train a small dictionary of a real language model on this machine, end to end"
 	@echo "make test     run the tests, but for the longest"
 	@echo "make test-long  run the longest: whole services that are killed, every place at which training may be cut off"
+	@echo "make chaos    the queue and the dispatcher under kills, pauses, outages and lost answers; COUNT=release for many"
 	@echo "make coverage  what COVERED=1 make test test-long ran of the code, and whether it is less than before"
 	@echo "make check    lint, types, import graph"
 	@echo "make format   rewrite the code the way make check wants it"
@@ -65,6 +66,11 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long
+
+# The faults that make test meets a few times, more often: minutes, and hours with COUNT=release.
+COUNT ?= some
+chaos: $(VENV)/.dev
+	GNOMON_CHAOS=$(COUNT) $(PYTEST) -s -o timeout=0 tests/chaos tests/integration/test_service_state_machine.py
 
 # Of the runs since the last report: COVERED=1 make test test-long, then this.
 coverage: $(VENV)/.dev

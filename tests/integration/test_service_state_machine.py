@@ -1,93 +1,170 @@
-"""Random histories of one job against a model of the state machine; SQLite, where a step is cheap."""
+"""Random histories of one job against a model of the state machine; on PostgreSQL too with `make chaos`."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
+from contextlib import ExitStack
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Final
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import func, select, text
 
 from gnomon.errors import Conflict, LeaseLost
 from gnomon.resources import TERMINAL_STATES
+from gnomon.specs.request import JobChange
 from gnomon_service.db.engine import Database
-from gnomon_service.db.tables import LEGAL_TRANSITIONS
+from gnomon_service.db.tables import LEGAL_TRANSITIONS, jobs, legal_transitions, metadata
+from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.deciding import Scheduler
 from gnomon_service.jobs.held import Lease
+from gnomon_service.jobs.steering import Steering
+from gnomon_workers.runtime.protocol import ClusterSnapshot, NodeSnapshot
+from tests.chaos.counts import IS_CHAOS, count
+from tests.chaos.history import HELD, OF_HOLDERS, Sent, check, read_history
+from tests.support.databases import fresh_database
 from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench
 
 MAX_ATTEMPTS = 3
+BY = "ann"
+KEY = "once"
+CLUSTER: Final = ClusterSnapshot(nodes=(NodeSnapshot(id="n", name="node", n_cpus=2, n_gpus=0),))
+WRITES: Final = ("renew", "mark_running", "place", "record", "keep", "succeed", "fail", "cancelled", "lose", "put_back")
+REPEATABLE: Final = WRITES[:5]
+"""Those that may come again, as their answer was lost, and then change nothing."""
+
+
+@cache
+def _empty_sqlite() -> Path:
+    """A file with the present schema; to migrate takes longer than most examples."""
+    path = Path(tempfile.mkdtemp(prefix="gnomon-chaos-")) / "empty.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    database.close()
+    return path
 
 
 class JobHistory(RuleBasedStateMachine):
-    """Users, dispatchers and stale dispatchers act on one job in any order."""
+    """Users, dispatchers and stale dispatchers act on one job in any order, and answers are lost on the way."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.database = Database(f"sqlite:///{Path(self.folder.name) / 'gnomon.db'}")
-        self.database.migrate()
+        self.database = self.open_database()
         self.bench = Bench(self.database)
+        self.steering = Steering(self.database)
 
-    @initialize()
-    def submit(self) -> None:
-        self.job_id = self.bench.submit(max_attempts=MAX_ATTEMPTS).id
-        self.state, self.attempt, self.holder = "queued", 0, ""
-        self.cancel_requested = self.is_unreleased = False
-        self.n_losses = 0
-        self.leases: list[Lease] = []
+    def open_database(self) -> Database:
+        """An empty database."""
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "gnomon.db"
+        shutil.copy(_empty_sqlite(), path)
+        return Database(f"sqlite:///{path}")
 
-    def teardown(self) -> None:
+    def close_database(self) -> None:
+        """Leave nothing of it."""
         self.database.close()
         self.folder.cleanup()
 
-    @rule(owner=st.sampled_from("ab"))
-    def claim(self, owner: str) -> None:
+    @initialize()
+    def submit(self) -> None:
+        Observations(self.database).note(CLUSTER)
+        self.job_id = self.send()
+        self.state, self.attempt, self.holder = "queued", 0, ""
+        self.cancel_requested = self.is_unreleased = self.is_held = False
+        self.is_paused = self.is_leaving = False
+        self.n_losses = 0
+        self.leases: list[Lease] = []
+
+    def send(self) -> str:
+        """Send the one request, perhaps not for the first time."""
+        return self.bench.submit(key=KEY, max_attempts=MAX_ATTEMPTS).id
+
+    def teardown(self) -> None:
+        check(read_history(self.database, Sent(keys=frozenset({KEY}), answers=((KEY, self.job_id),))))
+        self.close_database()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "queued" and not (self.is_unreleased or self.is_paused or self.is_held)
+
+    # ------------------------------------------------------------------------------------------ dispatchers
+
+    @rule(owner=st.sampled_from("ab"), is_answer_lost=st.booleans())
+    def claim(self, owner: str, is_answer_lost: bool) -> None:
+        """Whose answer was lost asks again, and finds the job taken: by itself."""
         held = self.bench.claim_next(owner)
-        assert (held is not None) == (self.state == "queued" and not self.is_unreleased)
+        assert (held is not None) == self.is_ready
         if held is not None:
             self.state, self.attempt, self.holder = "scheduled", self.attempt + 1, owner
-            self.leases.append(held.lease)
+            if is_answer_lost:
+                assert self.bench.claim_next(owner) is None
+            else:
+                self.leases.append(held.lease)
 
     @rule(owner=st.sampled_from("ab"), is_held=st.booleans())
     def adopt(self, owner: str, is_held: bool) -> None:
         """A dispatcher that does not hold what it claimed (the answer was lost) adopts it like any other's."""
-        self.bench.let_lease_pass(self.job_id)
+        if self.state in HELD:
+            self.bench.let_lease_pass(self.job_id)
         held = self.bench.leases.adopt(owner, [self.job_id] if is_held else [])
-        expected = self.state in ("scheduled", "running") and not (is_held and self.holder == owner)
+        expected = self.state in HELD and not (is_held and self.holder == owner)
         assert bool(held) == expected
         if held:
             self.holder = owner
             self.leases.append(held[0].lease)
 
-    @rule(
-        data=st.data(),
-        write=st.sampled_from(["renew", "mark_running", "succeed", "fail", "cancelled", "lose", "record", "keep"]),
-    )
-    def write(self, data: st.DataObject, write: str) -> None:
+    @rule(data=st.data(), write=st.sampled_from(WRITES), is_answer_lost=st.booleans())
+    def write(self, data: st.DataObject, write: str, is_answer_lost: bool) -> None:
         if not self.leases:
             return
         lease = data.draw(st.sampled_from(self.leases))
-        is_current = self.state in ("scheduled", "running") and (lease.attempt, lease.owner) == (
-            self.attempt,
-            self.holder,
-        )
+        is_current = self.state in HELD and (lease.attempt, lease.owner) == (self.attempt, self.holder)
         legal = is_current and not (write == "succeed" and self.state == "scheduled")
+        n_told = len(self.bench.events(self.job_id)) + 1  # a number that no report had before
         try:
-            self._write(lease, write)
+            self._write(lease, write, n_told)
         except LeaseLost:
             assert not legal
         else:
             assert legal
             self._expect(write)
+            if is_answer_lost:
+                self._write_again(lease, write, n_told)
+
+    @rule()
+    def release(self) -> None:
+        self.bench.release()
+        self.is_unreleased = False
+
+    @rule()
+    def leave(self) -> None:
+        """The scheduler clears the job's node."""
+        self.steering.drain_node("n", by=BY)
+        Scheduler(self.database).turn(CLUSTER)
+        self.steering.drain_node("n", by=None)
+        self.is_leaving |= self.state in HELD
+
+    # ------------------------------------------------------------------------------------------ users
+
+    @rule()
+    def submit_again(self) -> None:
+        assert self.send() == self.job_id
+        with self.database.read() as connection:
+            assert connection.execute(select(func.count()).select_from(jobs)).scalar_one() == 1
 
     @rule()
     def cancel(self) -> None:
         self.bench.queue.cancel(PROJECT, self.job_id)
         if self.state == "queued":
             self.state = "cancelled"
-        elif self.state in ("scheduled", "running"):
+        elif self.state in HELD:
             self.cancel_requested = True
 
     @rule()
@@ -96,13 +173,40 @@ class JobHistory(RuleBasedStateMachine):
             self.bench.queue.resume(PROJECT, self.job_id)
         except Conflict:
             assert self.state == "succeeded"
+            return
+        assert self.state != "succeeded"
+        self.is_paused = False
         if self.state in ("failed", "cancelled"):
             self.state, self.n_losses, self.cancel_requested = "queued", 0, False
 
     @rule()
-    def release(self) -> None:
-        self.bench.release()
-        self.is_unreleased = False
+    def pause(self) -> None:
+        try:
+            self.steering.pause(PROJECT, self.job_id, by=BY)
+        except Conflict:
+            assert self.state in TERMINAL_STATES
+            return
+        assert self.state not in TERMINAL_STATES
+        self.is_leaving |= self.state in HELD and not self.is_paused
+        self.is_paused = True
+
+    @rule(priority=st.integers(-3, 3), job_class=st.sampled_from(["urgent", "normal"]))
+    def change(self, priority: int, job_class: str) -> None:
+        try:
+            change = JobChange.model_validate({"priority": priority, "job_class": job_class})
+            changed = self.steering.change(PROJECT, self.job_id, change)
+        except Conflict:
+            assert self.state in TERMINAL_STATES
+        else:
+            assert (changed.priority, changed.job_class) == (priority, job_class)
+            assert self.state not in TERMINAL_STATES
+
+    @rule(is_held=st.booleans())
+    def hold(self, is_held: bool) -> None:
+        self.steering.hold(PROJECT, by=BY if is_held else None)
+        self.is_held = is_held
+
+    # ------------------------------------------------------------------------------------------ what must hold
 
     @invariant()
     def the_database_agrees(self) -> None:
@@ -113,39 +217,58 @@ class JobHistory(RuleBasedStateMachine):
             self.cancel_requested,
             self.n_losses,
         )
-        states = self.bench.states(self.job_id)
+        events = self.bench.events(self.job_id)
+        states = [event.data["to"] for event in events if event.kind == "state"]
         assert states[-1] == self.state
         assert set(pairwise(states)) <= set(LEGAL_TRANSITIONS)
-        assert [event.id for event in self.bench.events(self.job_id)] == list(
-            range(1, len(self.bench.events(self.job_id)) + 1)
-        )
+        assert [event.id for event in events] == list(range(1, len(events) + 1))
         expected = {"succeeded": "sealed", "failed": "failed", "cancelled": "failed"}
         assert self.bench.store_row().state == expected.get(self.state, "harvesting")
 
-    def _write(self, lease: Lease, write: str) -> None:
+    @invariant()
+    def only_who_holds_the_job_has_places(self) -> None:
+        with self.database.read() as connection:
+            row = connection.execute(select(jobs)).mappings().one()
+        assert (row["paused_by"] is not None, row["leave_why"] is not None) == (self.is_paused, self.is_leaving)
+        if self.state in HELD:
+            assert (row["lease_owner"], row["places"] is not None) == (self.holder, True)
+        else:
+            assert [name for name in OF_HOLDERS if row[name] is not None] == []
+
+    def _write(self, lease: Lease, write: str, n_told: int) -> None:
         leases = self.bench.leases
         match write:
             case "succeed":
                 leases.succeed(lease, STORE_RESULT)
             case "fail":
                 leases.fail(lease, code="x", message="y")
-            case "lose":
-                leases.lose(lease, "y")
+            case "lose" | "put_back":
+                getattr(leases, write)(lease, "y")
+            case "place":
+                leases.place(lease, ["n", "n"])
             case "record":
                 leases.record(lease, [(1, "log", {})])
             case "keep":
-                # a number that no report had before
-                n_told = len(self.bench.events(self.job_id)) + 1
                 leases.record(lease, [(n_told, "checkpoint", {"step": 1, "n_bytes": 1, "copy_s": 0, "duration_s": 0})])
             case _:
                 getattr(leases, write)(lease)
 
+    def _write_again(self, lease: Lease, write: str, n_told: int) -> None:
+        before = self.bench.events(self.job_id)
+        try:
+            self._write(lease, write, n_told)
+        except LeaseLost:
+            assert write not in REPEATABLE
+        else:
+            assert write in REPEATABLE
+        assert self.bench.events(self.job_id) == before
+
     def _expect(self, write: str) -> None:
-        ends = {"succeed": "succeeded", "fail": "failed", "cancelled": "cancelled"}
-        if write == "mark_running":
-            self.state = "running"
-        elif write == "lose" and self.cancel_requested:
+        ends = {"succeed": "succeeded", "fail": "failed", "cancelled": "cancelled", "mark_running": "running"}
+        if write in ("lose", "put_back") and self.cancel_requested:
             self.state = "cancelled"
+        elif write == "put_back":
+            self.state = "queued"
         elif write == "lose":
             is_last = self.n_losses + 1 >= MAX_ATTEMPTS
             self.state = "failed" if is_last else "queued"
@@ -154,11 +277,41 @@ class JobHistory(RuleBasedStateMachine):
             self.n_losses = 0
         else:
             self.state = ends.get(write, self.state)
-        if self.state in TERMINAL_STATES or self.state == "queued":
-            self.is_unreleased = True
+        if self.state not in HELD:
+            self.is_unreleased, self.is_leaving = True, False
+
+
+class JobHistoryOnPostgreSQL(JobHistory):
+    """The same on the other database: one for all examples, emptied before each."""
+
+    def open_database(self) -> Database:
+        database = _postgresql()
+        emptied = [table.name for table in metadata.sorted_tables if table is not legal_transitions]
+        with database.write() as connection:
+            connection.execute(text(f"TRUNCATE {', '.join(emptied)}"))
+        return database
+
+    def close_database(self) -> None:
+        """It stays for the next example."""
+
+
+@cache
+def _postgresql() -> Database:
+    until_the_end = ExitStack()
+    database = Database(until_the_end.enter_context(fresh_database("postgresql", Path())))
+    atexit.register(until_the_end.close)  # before its server's end, which was registered earlier
+    database.migrate()
+    return database
 
 
 JobHistory.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=count(40, 200, 2000),
+    stateful_step_count=count(30, 50, 50),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
+JobHistoryOnPostgreSQL.TestCase.settings = JobHistory.TestCase.settings
 TestJobHistory = JobHistory.TestCase
+TestJobHistoryOnPostgreSQL = pytest.mark.skipif(not IS_CHAOS, reason="takes minutes: make chaos")(
+    JobHistoryOnPostgreSQL.TestCase
+)

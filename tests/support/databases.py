@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 
@@ -45,6 +46,18 @@ def fresh_database(dialect: str, folder: Path) -> Iterator[str]:
     finally:
         with psycopg.connect(server, autocommit=True) as connection:
             connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+def socket_of(url: str) -> Path:
+    """The socket of the PostgreSQL server that a URL names."""
+    (folder,) = parse_qs(urlsplit(url).query)["host"]
+    return Path(folder) / ".s.PGSQL.5432"
+
+
+def through(url: str, port: int) -> str:
+    """The same database through a port of this machine; its server knows no TLS."""
+    name = urlsplit(url).path
+    return f"postgresql://postgres@127.0.0.1:{port}{name}?sslmode=disable&gssencmode=disable"
 
 
 def _with_name(server: str, name: str) -> str:

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -13,17 +14,19 @@ from urllib.parse import urlsplit
 class Proxy:
     """Passes bytes between 127.0.0.1 and a server; a context manager."""
 
-    def __init__(self, target: str) -> None:
-        """target is an http URL."""
-        parts = urlsplit(target)
-        self._target = (parts.hostname or "127.0.0.1", parts.port or 80)
+    def __init__(self, target: str | Path) -> None:
+        """target is an http URL, or the path of a socket."""
+        self._target = target
         self._listener = self._listen(0)
         self._port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._is_hanging = False
         self._cut_after: int | None = None
+        self._cut_at: bytes | None = None
         self._hang_after: int | None = None
+        self.n_cut = 0
+        """Connections that were cut while both ends held them."""
         self.n_bytes_back = 0
         """What the server's answers had so far, heads and all."""
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
@@ -32,6 +35,11 @@ class Proxy:
     def url(self) -> str:
         """Where the server is reached through this."""
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def port(self) -> int:
+        """The same, for what is not HTTP."""
+        return self._port
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +77,15 @@ class Proxy:
             self._cut_after = None
 
     @contextmanager
+    def cutting_at(self, words: bytes) -> Iterator[None]:
+        """Cut every connection once the server has sent these, which do not pass."""
+        self._cut_at = words
+        try:
+            yield
+        finally:
+            self._cut_at = None
+
+    @contextmanager
     def sticking(self, after: int) -> Iterator[None]:
         """Pass nothing on once the server has sent so many bytes through a connection, and hold it open."""
         self._hang_after = after
@@ -93,6 +110,7 @@ class Proxy:
 
     def _cut(self) -> None:
         with self._lock:
+            self.n_cut += len(self._open) // 2
             for end in self._open:
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
@@ -103,8 +121,16 @@ class Proxy:
                 client, _ = listener.accept()
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
+    def _connect(self) -> socket.socket:
+        if isinstance(self._target, Path):
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(str(self._target))
+            return server
+        parts = urlsplit(self._target)
+        return socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 80))
+
     def _serve(self, client: socket.socket) -> None:
-        with suppress(OSError), client, socket.create_connection(self._target) as server:
+        with suppress(OSError), client, self._connect() as server:
             with self._lock:
                 self._open |= {client, server}
             back = threading.Thread(target=self._pass_back, args=(server, client), daemon=True)
@@ -116,6 +142,9 @@ class Proxy:
 
     def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
         n_left = self._cut_after if self._cut_after is not None else self._hang_after
+        if self._cut_at is not None:
+            n_left = 0
+            self._pass_until(server, client, self._cut_at)
         with suppress(OSError):
             while n_left is not None and n_left > 0 and (data := server.recv(min(1 << 16, n_left))):
                 client.sendall(data)
@@ -128,6 +157,15 @@ class Proxy:
         for end in (server, client):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _pass_until(self, server: socket.socket, client: socket.socket, words: bytes) -> None:
+        seen = b""
+        with suppress(OSError):
+            while data := server.recv(1 << 16):
+                seen = seen[-len(words) :] + data
+                if words in seen:
+                    return
+                client.sendall(data)
 
     def _count(self, data: bytes) -> None:
         with self._lock:

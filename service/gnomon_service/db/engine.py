@@ -22,6 +22,7 @@ _CURSORS = "gnomon_cursors"
 _MIGRATION_LOCK = 7_600_001
 _STATEMENT_TIMEOUT_MS = 60_000
 """Of PostgreSQL, but for migrations."""
+_STANDSTILL_S = 10.0
 
 
 class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function that it is
@@ -45,9 +46,12 @@ def _now_on_postgresql(*_: Any, **__: Any) -> str:
 class Database:
     """One database by URL; safe to use from several threads."""
 
-    def __init__(self, url: str, *, busy_timeout_s: float = 10.0) -> None:
-        """busy_timeout_s: how long a writer waits for another one on SQLite."""
-        self._engine = _make_engine(url, busy_timeout_s)
+    def __init__(self, url: str, *, busy_timeout_s: float = 10.0, standstill_s: float = _STANDSTILL_S) -> None:
+        """busy_timeout_s: how long a writer waits for another one on SQLite.
+
+        standstill_s: PostgreSQL ends a transaction whose process has asked nothing for so long.
+        """
+        self._engine = _make_engine(url, busy_timeout_s, standstill_s)
 
     @property
     def url(self) -> str:
@@ -132,13 +136,13 @@ def _mapped_errors() -> Iterator[None]:
         raise
 
 
-def _make_engine(url: str, busy_timeout_s: float) -> Engine:
-    engine = _connect(url, busy_timeout_s)
+def _make_engine(url: str, busy_timeout_s: float, standstill_s: float) -> Engine:
+    engine = _connect(url, busy_timeout_s, standstill_s)
     event.listen(engine, "before_cursor_execute", _remember_cursor)
     return engine
 
 
-def _connect(url: str, busy_timeout_s: float) -> Engine:
+def _connect(url: str, busy_timeout_s: float, standstill_s: float) -> Engine:
     parsed = make_url(url)
     if parsed.drivername.startswith("postgresql"):
         return create_engine(
@@ -146,13 +150,23 @@ def _connect(url: str, busy_timeout_s: float) -> Engine:
             pool_pre_ping=True,
             pool_size=10,
             max_overflow=20,
-            # a statement that hangs would hold its thread, and the transaction its locks, for ever
-            connect_args={"connect_timeout": 5, "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS}"},
+            connect_args={"connect_timeout": 5, "options": _limits(standstill_s)},
         )
     engine = create_engine(parsed, connect_args={"timeout": busy_timeout_s}, pool_size=10, max_overflow=20)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _limits(standstill_s: float) -> str:
+    """A statement that hangs would hold its thread, and a process that stands still in a transaction its locks: those
+    that every other dispatcher waits for.
+    """
+    limits = {
+        "statement_timeout": _STATEMENT_TIMEOUT_MS,
+        "idle_in_transaction_session_timeout": round(standstill_s * 1000),
+    }
+    return " ".join(f"-c {name}={value}" for name, value in limits.items())
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:

@@ -1,0 +1,321 @@
+"""What holds of every history that the service leaves in its database, whatever went wrong meanwhile."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+from sqlalchemy import Connection, Table, select
+
+from gnomon.resources import TERMINAL_STATES
+from gnomon.specs import TrainSpec
+from gnomon_service.db.engine import Database
+from gnomon_service.db.tables import (
+    LEGAL_TRANSITIONS,
+    activation_stores,
+    attempts,
+    dictionaries,
+    job_dependencies,
+    job_events,
+    jobs,
+)
+
+Row = dict[str, Any]
+HELD: Final = ("scheduled", "running")
+OF_HOLDERS: Final = ("lease_owner", "lease_until", "places", "places_wanted", "guest_until", "leave_why")
+"""Columns that are empty but while an attempt holds the job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What clients know: the keys that they sent, and each answer as (key, job)."""
+
+    keys: frozenset[str]
+    answers: tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """All that one database tells, and what its clients know."""
+
+    jobs: dict[str, Row]
+    events: dict[str, list[Row]]
+    """By job, in their order."""
+    attempts: dict[str, list[Row]]
+    """By job, in their order."""
+    stores: dict[tuple[str, str], Row]
+    """By project and id."""
+    dictionaries: list[Row]
+    needs: list[tuple[str, str]]
+    """(job, what it depends on)."""
+    sent: Sent | None
+    """None where nobody kept what was sent."""
+
+    def changes(self, job_id: str) -> list[Row]:
+        """Events of a job that changed its state."""
+        return [event for event in self.events[job_id] if event["kind"] == "state"]
+
+
+def read_history(database: Database, sent: Sent | None = None) -> History:
+    """Read all of a database as it is at one moment, also while it is written to."""
+    with database.read() as connection:
+        if database.dialect == "postgresql":
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        stores = _rows(connection, activation_stores)
+        return History(
+            jobs={row["id"]: row for row in _rows(connection, jobs)},
+            events=_by_job(_rows(connection, job_events)),
+            attempts=_by_job(_rows(connection, attempts)),
+            stores={(row["project"], row["id"]): row for row in stores},
+            dictionaries=_rows(connection, dictionaries),
+            needs=[(row["job_id"], row["depends_on"]) for row in _rows(connection, job_dependencies)],
+            sent=sent,
+        )
+
+
+def check(history: History) -> None:
+    """Fail with every rule that a history breaks."""
+    broken = [f"{rule.__name__}: {what}" for rule in RULES for what in rule(history)]
+    assert not broken, f"{len(broken)} violations:\n" + "\n".join(broken[:20])
+
+
+def check_reports(history: History) -> None:
+    """Fail unless every attempt's progress counts 1, 2, 3 to its last report: of workers that report nothing else."""
+    for job_id, tries in history.attempts.items():
+        for row in tries:
+            told = [
+                event["data"]["done"]
+                for event in history.events[job_id]
+                if event["kind"] == "progress" and event["attempt"] == row["attempt"]
+            ]
+            assert told == list(range(1, row["last_report_seq"] + 1)), (job_id, row["attempt"], told)
+
+
+# ---------------------------------------------------------------------------------------------- what clients see
+
+
+def no_acknowledged_job_is_lost(history: History) -> Iterator[str]:
+    """What was answered with a job is there."""
+    for key, job_id in history.sent.answers if history.sent else ():
+        if job_id not in history.jobs:
+            yield f"{job_id}, the answer to {key!r}"
+
+
+def no_job_is_a_phantom(history: History) -> Iterator[str]:
+    """Every job was sent by somebody, or made for one that was."""
+    for job_id, job in history.jobs.items():
+        if job["made_for"] is not None:
+            if (job["made_for"], job_id) not in history.needs:
+                yield f"{job_id} was made for {job['made_for']}, which does not need it"
+        elif history.sent is not None and job["idempotency_key"] not in history.sent.keys:
+            yield f"{job_id} with key {job['idempotency_key']!r}, which nobody sent"
+
+
+def one_key_makes_one_job(history: History) -> Iterator[str]:
+    """However often a key is sent, it makes one job, and each answer names that one."""
+    made: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for job_id, job in history.jobs.items():
+        if job["idempotency_key"] is not None:
+            made[job["project"], job["idempotency_key"]].append(job_id)
+    for (_, key), job_ids in made.items():
+        if len(job_ids) > 1:
+            yield f"{key!r} made {sorted(job_ids)}"
+    for key, job_id in history.sent.answers if history.sent else ():
+        if job_id in history.jobs and history.jobs[job_id]["idempotency_key"] != key:
+            yield f"{key!r} was answered with {job_id}, which another key made"
+
+
+# ---------------------------------------------------------------------------------------------- events and states
+
+
+def events_have_no_gaps(history: History) -> Iterator[str]:
+    """Events of a job are numbered 1, 2, 3 up to what its row counts."""
+    for job_id, job in history.jobs.items():
+        ids = [event["id"] for event in history.events[job_id]]
+        if ids != list(range(1, job["n_events"] + 1)):
+            yield f"{job_id} counts {job['n_events']} events and has {ids}"
+
+
+def states_change_legally(history: History) -> Iterator[str]:
+    """A job begins in the queue, each change begins where the last ended, and the last is what the row says."""
+    for job_id, job in history.jobs.items():
+        changes = [(event["data"].get("from"), event["data"]["to"]) for event in history.changes(job_id)]
+        if not changes or changes[0] != (None, "queued"):
+            yield f"{job_id} begins with {changes[:1]}"
+            continue
+        for (_, before), (begins, to) in pairwise(changes):
+            if begins != before or (before, to) not in LEGAL_TRANSITIONS:
+                yield f"{job_id} was {before} and went from {begins} to {to}"
+        if changes[-1][1] != job["state"]:
+            yield f"{job_id} is {job['state']}, and its last event says {changes[-1][1]}"
+
+
+def a_terminal_state_is_final(history: History) -> Iterator[str]:
+    """Nothing follows an end but that somebody resumes what failed or was cancelled."""
+    for job_id in history.jobs:
+        for event, after in pairwise(history.events[job_id]):
+            if event["kind"] != "state" or event["data"]["to"] not in TERMINAL_STATES:
+                continue
+            if event["data"]["to"] == "succeeded" or not _is_resume(after):
+                yield f"{job_id} had {event['data']['to']}, then came {after['kind']} {after['data']}"
+
+
+def nothing_runs_before_what_it_needs(history: History) -> Iterator[str]:
+    """What was ever claimed had all that it depends on, which stays succeeded."""
+    for job_id, needed in history.needs:
+        if history.attempts[job_id] and history.jobs[needed]["state"] != "succeeded":
+            yield f"{job_id} ran, and {needed} is {history.jobs[needed]['state']}"
+
+
+# ---------------------------------------------------------------------------------------------- attempts
+
+
+def attempts_grow_by_one(history: History) -> Iterator[str]:
+    """Claims are numbered 1, 2, 3 up to what the row says, and each has its attempt."""
+    for job_id, job in history.jobs.items():
+        wanted = list(range(1, job["attempt"] + 1))
+        claims = [event["attempt"] for event in history.changes(job_id) if event["data"]["to"] == "scheduled"]
+        rows = [row["attempt"] for row in history.attempts[job_id]]
+        if not claims == rows == wanted:
+            yield f"{job_id} is at attempt {job['attempt']}, was claimed as {claims}, and has attempts {rows}"
+
+
+def one_attempt_lives(history: History) -> Iterator[str]:
+    """The present attempt of a job that is held lives, under the job's owner, and no other does."""
+    for job_id, job in history.jobs.items():
+        live = [(row["attempt"], row["lease_owner"]) for row in history.attempts[job_id] if row["state"] == "live"]
+        wanted = [(job["attempt"], job["lease_owner"])] if job["state"] in HELD else []
+        if live != wanted:
+            yield f"{job_id} is {job['state']} at {wanted}, and {live} live"
+
+
+def no_stale_attempt_writes(history: History) -> Iterator[str]:
+    """An event of attempt n comes after the claim of n and before that of n + 1."""
+    for job_id in history.jobs:
+        n_claims = 0
+        for event in history.events[job_id]:
+            n_claims += event["kind"] == "state" and event["data"]["to"] == "scheduled"
+            if event["attempt"] != n_claims:
+                yield f"{job_id}: event {event['id']} of attempt {event['attempt']} came after {n_claims} claims"
+
+
+def attempts_end_as_told(history: History) -> Iterator[str]:
+    """An attempt ended as the event says that ended it: lost, left, or as the job."""
+    for job_id in history.jobs:
+        told = {}
+        for event in history.changes(job_id):
+            if event["data"].get("from") in HELD and event["data"]["to"] not in HELD:
+                how = {"attempt_lost": "lost", "put_back": "left"}
+                is_back = event["data"]["to"] == "queued"
+                told[event["attempt"]] = how.get(event["data"].get("code", "")) if is_back else event["data"]["to"]
+        for row in history.attempts[job_id]:
+            if row["state"] != told.get(row["attempt"], "live") or (row["ended_at"] is None) != (
+                row["state"] == "live"
+            ):
+                yield f"{job_id}: attempt {row['attempt']} is {row['state']}, its end says {told.get(row['attempt'])}"
+
+
+def reports_are_stored_once(history: History) -> Iterator[str]:
+    """No attempt has more events of its workers' than the reports that it counts."""
+    for job_id, rows in history.attempts.items():
+        for row in rows:
+            mine = [event for event in history.events[job_id] if event["attempt"] == row["attempt"]]
+            n_reports = sum(event["kind"] not in ("state", "log") for event in mine)
+            if n_reports > row["last_report_seq"]:
+                yield f"{job_id}: attempt {row['attempt']} told {row['last_report_seq']} and has {n_reports}"
+
+
+def losses_are_counted(history: History) -> Iterator[str]:
+    """n_losses counts losses since anything was committed or the job resumed; being put back is none."""
+    for job_id, job in history.jobs.items():
+        n_losses = 0
+        for event in history.events[job_id]:
+            if _is_commit(event) or _is_resume(event):
+                n_losses = 0
+            elif event["kind"] == "state" and event["data"].get("code") == "attempt_lost":
+                n_losses += 1
+        if n_losses != job["n_losses"]:
+            yield f"{job_id} counts {job['n_losses']} losses, its events tell {n_losses}"
+
+
+def only_held_jobs_have_places(history: History) -> Iterator[str]:
+    """A job that no attempt holds has no lease, no devices, and nobody to be asked to leave."""
+    for job_id, job in history.jobs.items():
+        left = [name for name in OF_HOLDERS if job[name] is not None]
+        if job["state"] not in HELD and left:
+            yield f"{job_id} is {job['state']} and has {left}"
+        if job["state"] in HELD and None in (job["lease_owner"], job["lease_until"], job["places"]):
+            yield f"{job_id} is {job['state']} without a lease or devices"
+
+
+# ---------------------------------------------------------------------------------------------- what jobs made
+
+
+def a_harvest_leaves_its_store(history: History) -> Iterator[str]:
+    """What succeeded has a sealed store; whatever is sealed, being made or given up has a job that says so."""
+    for job_id, job in history.jobs.items():
+        store = history.stores.get((job["project"], job["store_id"]))
+        if job["kind"] == "harvest" and job["state"] == "succeeded" and (store is None or store["state"] != "sealed"):
+            yield f"{job_id} succeeded, and its store is {store and store['state']}"
+    for store in history.stores.values():
+        maker = history.jobs.get(store["job_id"], {}).get("state")
+        fits = {"harvesting": ("queued", *HELD), "sealed": ("succeeded",), "failed": ("failed", "cancelled")}
+        if store["state"] in fits and maker not in fits[store["state"]]:
+            yield f"{store['id']} is {store['state']}, and {store['job_id']} is {maker}"
+
+
+def a_training_leaves_its_dictionaries(history: History) -> Iterator[str]:
+    """A training that succeeded has as many as its variants, and no other job has any."""
+    made: defaultdict[str, int] = defaultdict(int)
+    for row in history.dictionaries:
+        made[row["job_id"]] += 1
+    for job_id, job in history.jobs.items():
+        is_done = job["kind"] == "train" and job["state"] == "succeeded"
+        wanted = len(TrainSpec.read(job["spec"]).variant_names) if is_done else 0
+        if made[job_id] != wanted:
+            yield f"{job_id} is {job['state']} and has {made[job_id]} dictionaries of {wanted}"
+
+
+RULES: Final[tuple[Callable[[History], Iterator[str]], ...]] = (
+    no_acknowledged_job_is_lost,
+    no_job_is_a_phantom,
+    one_key_makes_one_job,
+    events_have_no_gaps,
+    states_change_legally,
+    a_terminal_state_is_final,
+    nothing_runs_before_what_it_needs,
+    attempts_grow_by_one,
+    one_attempt_lives,
+    no_stale_attempt_writes,
+    attempts_end_as_told,
+    reports_are_stored_once,
+    losses_are_counted,
+    only_held_jobs_have_places,
+    a_harvest_leaves_its_store,
+    a_training_leaves_its_dictionaries,
+)
+
+
+def _is_resume(event: Mapping[str, Any]) -> bool:
+    data = event["data"]
+    is_back = event["kind"] == "state" and data["to"] == "queued" and data.get("from") in TERMINAL_STATES
+    return is_back and data.get("message") == "resumed by the user"
+
+
+def _is_commit(event: Mapping[str, Any]) -> bool:
+    return event["kind"] == "checkpoint" or (event["kind"] == "segment" and not event["data"].get("kept"))
+
+
+def _rows(connection: Connection, table: Table) -> list[Row]:
+    statement = select(table).order_by(*table.primary_key.columns)
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def _by_job(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["job_id"]].append(row)
+    return found

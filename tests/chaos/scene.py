@@ -1,0 +1,147 @@
+"""A database, a cluster that works, and processes that come and go."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import func, select
+
+from gnomon.resources import TERMINAL_STATES
+from gnomon_service.db.engine import Database
+from gnomon_service.db.tables import job_events, jobs
+from tests.chaos.history import HELD, History, check, check_reports, read_history
+from tests.support.chaos_children import Child, Diary, dispatch, submit_for_ever, submit_one
+from tests.support.service_jobs import Bench
+from tests.support.waiting import LIMIT_S, wait_until
+from tests.support.working_cluster import DIED, Habits, WorkingCluster, serving_cluster
+
+LEASE_S = 1.0
+N_STORES = 40
+N_BETWEEN_DRAINS = 50
+"""Faults after which a queue that only grows is drained: deciding about it takes ever longer."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Scene:
+    """What one fault happens to."""
+
+    url: str
+    """Where this test reaches the database."""
+    their_url: str
+    """Where the children do."""
+    home: Path
+    cluster: WorkingCluster
+    port: int
+    bench: Bench
+    diary: Diary
+    children: list[Child] = field(default_factory=list)
+    n_dispatchers: int = 0
+
+    def new_dispatcher(self, lease_s: float = LEASE_S) -> Child:
+        """Begin a dispatcher under an owner of its own."""
+        self.n_dispatchers += 1
+        owner = f"dispatcher-{self.n_dispatchers}"
+        return self._begin(Child.begin(owner, dispatch, self.their_url, self.port, self.home, owner, lease_s))
+
+    def new_client(self, pause_s: float = 0.01) -> Child:
+        """Begin a client that goes on where the last one was cut off."""
+        return self._begin(Child.begin("client", submit_for_ever, self.their_url, self.diary.path, N_STORES, pause_s))
+
+    def submit(self, n_jobs: int) -> None:
+        """Send so many requests, which must be answered."""
+        first = len(self.diary.sent().keys)
+        assert all(submit_one(self.bench, self.diary, f"key-{first + n}", N_STORES) for n in range(n_jobs))
+
+    def n_in(self, *states: str) -> int:
+        """Jobs that are in one of these states."""
+        return self._count(select(func.count()).select_from(jobs).where(jobs.c.state.in_(states)))
+
+    def n_ended(self) -> int:
+        """Jobs that have ended."""
+        return self.n_in(*TERMINAL_STATES)
+
+    def n_held(self) -> int:
+        """Jobs that a dispatcher holds."""
+        return self.n_in(*HELD)
+
+    def held_by(self, owner: str) -> set[str]:
+        """Jobs that a dispatcher holds, as the database has it."""
+        mine = select(jobs.c.id).where(jobs.c.lease_owner == owner, jobs.c.state.in_(HELD))
+        with self.bench.database.read() as connection:
+            return set(connection.execute(mine).scalars())
+
+    def n_adopted(self) -> int:
+        """How often a job was taken over."""
+        taken = job_events.c.data["message"].as_string().startswith("taken over")
+        return self._count(select(func.count()).select_from(job_events).where(job_events.c.kind == "log", taken))
+
+    def n_refused(self) -> int:
+        """How often a dispatcher found that a job was no longer its own."""
+        return sum(path.read_text().count("lease lost") for path in self.home.glob("dispatcher-*.log"))
+
+    def drain(self) -> History:
+        """Let a dispatcher finish all that there is, then check everything that can be seen."""
+        dispatcher = self.new_dispatcher()
+        while n_open := self.n_in("queued", *HELD):
+            wait_until(lambda n=n_open: self.n_in("queued", *HELD) < n, f"the end of one of {n_open} jobs")  # type: ignore[misc]
+        wait_until(lambda: not self.bench.leases.unreleased(), "what has ended is not released")
+        dispatcher.stop()
+        history = read_history(self.bench.database, self.diary.sent())
+        check(history)
+        check_reports(history)
+        assert self.cluster.attempts == {}, "something was left running"
+        lost = {row["message"] for tries in history.attempts.values() for row in tries if row["state"] == "lost"}
+        assert lost <= {DIED}, f"a fault of the service's cost jobs an attempt: {lost}"
+        return history
+
+    def _begin(self, child: Child) -> Child:
+        self.children.append(child)
+        return child
+
+    def _count(self, statement: object) -> int:
+        with self.bench.database.read() as connection:
+            return int(connection.execute(statement).scalar_one())  # type: ignore[call-overload]
+
+
+@contextmanager
+def scene_of(url: str, home: Path, *, their_url: str | None = None, habits: Habits | None = None) -> Iterator[Scene]:
+    """A scene on a database that has its schema; no child outlives it."""
+    cluster = WorkingCluster(habits or Habits())
+    database = Database(url, busy_timeout_s=LIMIT_S)
+    with serving_cluster(cluster) as port:
+        scene = Scene(
+            url=url,
+            their_url=their_url or url,
+            home=home,
+            cluster=cluster,
+            port=port,
+            bench=Bench(database),
+            diary=Diary(home / "diary"),
+        )
+        try:
+            yield scene
+        finally:
+            for child in scene.children:
+                with suppress(AssertionError):  # most have ended
+                    child.send(signal.SIGKILL)
+                child.process.join(LIMIT_S)
+            database.close()
+
+
+def counts_of(scene: Scene, history: History) -> dict[str, int]:
+    """What every fault's line ends with; the checker has failed before anything but 0 is lost or phantom."""
+    sent = scene.diary.sent()
+    answered = {job_id for _, job_id in sent.answers}
+    asked_for = {job_id for job_id, job in history.jobs.items() if job["made_for"] is None}
+    return {
+        "submitted": len(sent.keys),
+        "acknowledged": len(answered),
+        "jobs": len(asked_for),
+        "attempts": sum(map(len, history.attempts.values())),
+        "lost": len(answered - asked_for),
+        "phantom": sum(history.jobs[job_id]["idempotency_key"] not in sent.keys for job_id in asked_for),
+    }

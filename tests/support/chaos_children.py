@@ -1,0 +1,176 @@
+"""Clients and dispatchers as processes of their own, to be killed and stopped at any moment.
+
+They are forked from a server that has imported everything, so that a life begins within milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Self
+
+from gnomon.errors import Unavailable
+from gnomon.specs import HarvestSpec, Mesh, TrainSpec
+from gnomon_service.db.engine import Database
+from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.deciding import Scheduler
+from gnomon_service.dispatch.loop import Dispatcher
+from gnomon_service.jobs.held import RetryPolicy
+from gnomon_service.jobs.leases import Leases
+from gnomon_service.settings import Settings
+from tests.chaos.history import Sent
+from tests.support.service_jobs import Bench, harvest_spec, train_spec
+from tests.support.waiting import LIMIT_S
+from tests.support.working_cluster import RemoteCluster
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that this test started."""
+
+    name: str
+    process: BaseProcess
+
+    @classmethod
+    def begin(cls, name: str, target: Callable[..., None], *args: Any) -> Self:
+        """Run a function of this module in a process, which can be stopped from now on."""
+        is_ready = _context.Event()
+        process = _context.Process(target=target, args=(is_ready, *args), daemon=True)
+        process.start()
+        assert is_ready.wait(LIMIT_S), f"{name} did not begin"
+        return cls(name, process)
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal it; it must be alive."""
+        assert self.process.pid is not None
+        assert self.process.exitcode is None, f"ended by itself with {self.process.exitcode}"
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it as nothing can be prepared for; fails if it ended before."""
+        self.send(signal.SIGKILL)
+        self.process.join(LIMIT_S)
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def stop(self) -> None:
+        """Ask it to end, and wait; fails if it met anything that it was not made for."""
+        self.send(signal.SIGTERM)
+        self.process.join(LIMIT_S)
+        assert self.process.exitcode == 0, f"ended with {self.process.exitcode}"
+
+
+# ---------------------------------------------------------------------------------------------- clients
+
+
+def spec_of(key: str, n_stores: int) -> tuple[HarvestSpec | TrainSpec, int]:
+    """The one request that comes with a key, and its store."""
+    choice = random.Random(key)
+    store = choice.randint(1, n_stores)
+    if choice.random() < 0.5:
+        return harvest_spec(), store
+    return train_spec(mesh=Mesh(dp=1, features=choice.randint(1, 2)), batch_size=1024), store
+
+
+class Diary:
+    """What a client sent and was answered, in a file that outlives it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, *words: str) -> None:
+        """Add a line, at once."""
+        with self.path.open("ab", buffering=0) as file:
+            file.write((" ".join(words) + "\n").encode())
+
+    def lines(self) -> list[list[str]]:
+        """All lines by their words."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [line.split() for line in text.splitlines()]
+
+    def sent(self) -> Sent:
+        """Keys and answers, for the checker."""
+        lines = self.lines()
+        return Sent(
+            keys=frozenset(words[1] for words in lines if words[0] == "sent"),
+            answers=tuple((words[1], words[2]) for words in lines if words[0] == "answer"),
+        )
+
+    def unanswered(self) -> list[str]:
+        """Keys that were sent in vain, as far as the client knows."""
+        answered = {key for key, _ in self.sent().answers}
+        return [words[1] for words in self.lines() if words[0] == "sent" and words[1] not in answered]
+
+
+def submit_one(bench: Bench, diary: Diary, key: str, n_stores: int) -> bool:
+    """Send one request once; whether there was an answer."""
+    diary.write("sent", key)
+    spec, store = spec_of(key, n_stores)
+    try:
+        job = bench.submit(spec, store=store, key=key, max_attempts=10)
+    except Unavailable:
+        diary.write("unavailable", key)
+        return False
+    diary.write("answer", key, job.id)
+    return True
+
+
+def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, pause_s: float) -> None:
+    """Send requests one after the other, each until it is answered; sometimes first the one that a former life left."""
+    stop = _stop_on_sigterm(is_ready)
+    diary = Diary(diary_path)
+    bench = Bench(Database(url, busy_timeout_s=LIMIT_S))
+    left = diary.unanswered()[-1:] if random.random() < 0.5 else []
+    number = len(diary.sent().keys)
+    while not stop.wait(pause_s):
+        if not left:
+            left, number = [f"key-{number}"], number + 1
+        if submit_one(bench, diary, left[0], n_stores):
+            left = []
+
+
+# ---------------------------------------------------------------------------------------------- dispatchers
+
+
+def dispatch(is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float) -> None:
+    """Run a dispatcher until SIGTERM; what it logs is in a file of its owner's name."""
+    stop = _stop_on_sigterm(is_ready)
+    logging.basicConfig(filename=home / f"{owner}.log", level=logging.INFO)
+    database = Database(url, busy_timeout_s=LIMIT_S)
+    settings = Settings(
+        home=home, storage_root="file:///store", poll_s=0.02, lease_s=lease_s, beat_s=lease_s / 4, cancel_grace_s=2.0
+    )
+    Dispatcher(
+        leases=Leases(database, lease_s=lease_s, retry=RetryPolicy(base_s=0.05, cap_s=0.1)),
+        observations=Observations(database),
+        scheduler=Scheduler(database),
+        cluster=RemoteCluster(cluster_port),
+        settings=settings,
+        owner=owner,
+    ).run(stop)
+    database.close()
+
+
+def pause_at_random(most_s: float) -> None:
+    """Let any time pass, so that what comes next comes at any moment."""
+    time.sleep(random.uniform(0.0, most_s))
+
+
+def _stop_on_sigterm(is_ready: Event) -> threading.Event:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test, which ends its children
+    is_ready.set()
+    return stop
