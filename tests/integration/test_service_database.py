@@ -63,9 +63,9 @@ def test_what_was_written_before_an_error_is_not_kept(keys: Keys, database: Data
     assert "changed" not in {key.name for key in keys.list("default")}
 
 
-@pytest.mark.parametrize("life_s", [0, -1, LONGEST_LIFE_S + 1, 999999999999999999, float("inf"), float("nan")])
+@pytest.mark.parametrize("life_s", [LONGEST_LIFE_S + 1, 999999999999999999, -1e18, float("inf"), float("nan")])
 def test_a_key_that_could_not_be_read_is_not_made(life_s: float, keys: Keys) -> None:
-    with pytest.raises(InvalidRequest, match=r"expires_in_s=.*, wanted 1 to"):
+    with pytest.raises(InvalidRequest, match=r"expires_in_s=.*, wanted 1000000000 at most"):
         keys.create(project="default", name="x", scopes=("read",), expires_in_s=life_s)
     assert "x" not in {key.name for key in keys.list("default")}
 

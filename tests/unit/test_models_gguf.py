@@ -129,7 +129,7 @@ def test_what_is_not_understood_is_refused_before_anything_is_queued(case: str, 
     assert caught.value.code in ("unsupported_model", "incomplete_model")
 
 
-@pytest.mark.parametrize("split", ["nonsense-pre", "chatglm-bpe", "deepseek-llm", ""])
+@pytest.mark.parametrize("split", ["nonsense-pre", "chatglm-bpe", "deepseek-llm"])
 def test_an_unknown_way_to_cut_text_is_refused_by_name(split: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", llama(), split=split)
     with pytest.raises(InvalidRequest, match=rf"tokenizer\.ggml\.pre is '{split}'") as caught:

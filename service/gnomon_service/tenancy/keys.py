@@ -65,9 +65,9 @@ class Keys:
         self, *, project: str, name: str, scopes: tuple[Scope, ...], expires_in_s: float | None = None
     ) -> NewApiKey:
         """Make a key; the only time its text is known. Raises InvalidRequest where it would live too long."""
-        if expires_in_s is not None and not 0 < expires_in_s <= LONGEST_LIFE_S:
+        if expires_in_s is not None and not abs(expires_in_s) <= LONGEST_LIFE_S:  # NaN is refused as well
             raise InvalidRequest(
-                f"expires_in_s={expires_in_s!r}, wanted 1 to {LONGEST_LIFE_S}; leave it out for a key that does not "
+                f"expires_in_s={expires_in_s!r}, wanted {LONGEST_LIFE_S} at most; leave it out for a key that does not "
                 "expire"
             )
         key_id, text = _make_key()
