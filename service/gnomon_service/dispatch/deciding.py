@@ -54,9 +54,10 @@ class Scheduler:
         decisions = decide(asks, gangs, seen.nodes, seen.shares, what=seen.what, starts_nothing=stop)
         self._write(decisions, seen)
         self._tell(waiting, decisions, blocked)
-        sizes = {ask.job_id: ask for ask in asks}
+        asked = {ask.job_id: ask for ask in asks}
+        kinds = {job.id: job.kind for job in waiting}  # not read again: it may have been cancelled meanwhile
         return [
-            (start.job_id, _placement(sizes[start.job_id], start.places, start.guest_for_s, seen.kinds[start.job_id]))
+            (start.job_id, _placement(asked[start.job_id], start.places, start.guest_for_s, kinds[start.job_id]))
             for start in decisions.starts
         ]
 
@@ -166,7 +167,6 @@ class _Seen:
     empty: FreeDevices
     device: Device
     running: dict[str, Mapping[str, Any]]
-    kinds: dict[str, str]
     shares: dict[str, Share]
     drained_by: str | None
 
@@ -194,7 +194,6 @@ class _Seen:
             empty=FreeDevices.of(found),
             device="gpu" if uses_gpus else "cpu",
             running=running,
-            kinds=dict(connection.execute(select(jobs.c.id, jobs.c.kind).where(jobs.c.state == "queued")).all()),
             shares=_read_shares(connection),
             drained_by=connection.execute(select(cluster.c.drained_by)).scalar(),
         )
