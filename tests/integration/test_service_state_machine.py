@@ -97,6 +97,14 @@ class JobHistory(RuleBasedStateMachine):
             else:
                 self.leases.append(held.lease)
 
+    @precondition(lambda self: self.state in HELD and not all(map(self.is_stale, self.leases)))
+    @rule(owner=st.sampled_from("ab"), write=st.sampled_from(["lose", "put_back"]))
+    def begin_another_attempt(self, owner: str, write: str) -> None:
+        """What single steps come to too rarely: the next attempt, perhaps of the same dispatcher."""
+        (lease,) = {lease for lease in self.leases if not self.is_stale(lease)}
+        self.try_to_write(lease, write, False)
+        self.claim(owner, False, True)
+
     @rule(owner=st.sampled_from("ab"), is_held=st.booleans())
     def adopt(self, owner: str, is_held: bool) -> None:
         """A dispatcher that does not hold what it claimed (the answer was lost) adopts it like any other's."""
