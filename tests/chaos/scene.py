@@ -13,7 +13,8 @@ from sqlalchemy import func, select
 from gnomon.resources import TERMINAL_STATES
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import job_events, jobs
-from tests.chaos.history import HELD, History, check, check_reports, read_history
+from tests.chaos.history import check, check_reports
+from tests.chaos.reading import HELD, History, read_history
 from tests.support.chaos_children import Child, Diary, dispatch, submit_for_ever, submit_one
 from tests.support.service_jobs import Bench
 from tests.support.waiting import LIMIT_S, wait_until

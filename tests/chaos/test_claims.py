@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from gnomon_service.db.engine import Database
 from gnomon_service.jobs.held import Placement
 from tests.chaos.counts import count, tell
-from tests.chaos.history import Sent, check, read_history
+from tests.chaos.history import check
+from tests.chaos.reading import Sent, read_history
 from tests.support.chaos_children import spec_of
 from tests.support.service_jobs import Bench
 from tests.support.waiting import LIMIT_S

@@ -11,7 +11,8 @@ import pytest
 
 from gnomon_service.db.engine import Database
 from gnomon_service.jobs.steering import Steering
-from tests.chaos.history import RULES, History, Row, Sent, check, check_reports, read_history
+from tests.chaos.history import RULES, check, check_reports
+from tests.chaos.reading import History, Row, Sent, read_history
 from tests.support.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, train_spec
 
 Corrupt = Callable[[History], object]

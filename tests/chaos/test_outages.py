@@ -14,7 +14,8 @@ from sqlalchemy import func, select
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import jobs
 from tests.chaos.counts import count, tell
-from tests.chaos.history import Sent, check, read_history
+from tests.chaos.history import check
+from tests.chaos.reading import Sent, read_history
 from tests.chaos.scene import N_BETWEEN_DRAINS, N_STORES, Scene, counts_of, scene_of
 from tests.support.chaos_children import submit_one
 from tests.support.databases import socket_of, through
@@ -74,6 +75,28 @@ def test_a_submit_of_which_the_database_s_answer_is_cut_off_makes_one_job(postgr
         history = scene.drain()
         tell(cuts=n_cuts, after_the_write=n_written, **counts_of(scene, history))
     assert wanted // 2 <= n_written < n_cuts, "every cut came on the same side of the write"
+
+
+def test_a_dispatcher_of_which_the_database_s_answers_are_cut_off_does_each_job_once(
+    postgresql: str, tmp_path: Path
+) -> None:
+    """For a while nobody is told that anything was written: claims, reports and ends are."""
+    n_rounds = count(4, 30, 300)
+    with distant_scene(postgresql, tmp_path) as (scene, proxy):
+        dispatchers = [scene.new_dispatcher(), scene.new_dispatcher()]
+        for _ in range(n_rounds):
+            scene.submit(4)
+            wait_until(scene.n_held, "a job that is held", every_s=0.01)
+            with proxy.cutting_at(b"COMMIT\0"):
+                with proxy.away():
+                    pass  # connections that were there before would tell
+                n_cut = proxy.n_cut_at
+                wait_until(lambda n=n_cut: proxy.n_cut_at >= n + 4, "answers that are cut off", every_s=0.01)  # type: ignore[misc]
+        for dispatcher in dispatchers:
+            dispatcher.stop()
+        history = scene.drain()
+        tell(rounds=n_rounds, answers_cut=proxy.n_cut_at, adopted=scene.n_adopted(), **counts_of(scene, history))
+    assert proxy.n_cut_at >= 4 * n_rounds
 
 
 def test_a_submit_of_which_the_service_s_answer_is_cut_off_makes_one_job(tmp_path: Path) -> None:

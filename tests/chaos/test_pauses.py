@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.counts import count, tell
+from tests.chaos.history import check
+from tests.chaos.reading import read_history
 from tests.chaos.scene import Scene, counts_of, scene_of
 from tests.support.chaos_children import Child, pause_at_random
 from tests.support.waiting import wait_until
@@ -38,12 +40,20 @@ def test_a_dispatcher_that_stands_still_past_its_leases_writes_nothing_stale(slo
             n_pauses += 1
             n_taken += len(held)
         sleeper.send(signal.SIGCONT)
+        _look_for_a_while(scene)
     for dispatcher in dispatchers:
         dispatcher.stop()
     n_refused = scene.n_refused()
     history = scene.drain()
     tell(pauses=n_pauses, jobs_taken=n_taken, stale_writes=0, refused=n_refused, **counts_of(scene, history))
     assert min(n_taken, scene.n_adopted(), n_refused) > 0, "no dispatcher came back to jobs that were no longer its own"
+
+
+def _look_for_a_while(scene: Scene) -> None:
+    """A stale renewal would give the lease back without a word: that is seen only while the job is held."""
+    for _ in range(8):
+        check(read_history(scene.bench.database))
+        pause_at_random(0.05)
 
 
 def _holder(scene: Scene, dispatchers: list[Child]) -> Child | None:

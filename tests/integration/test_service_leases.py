@@ -205,6 +205,17 @@ def test_a_harvest_that_its_text_ended_is_submitted_again_and_not_resumed(bench:
     assert bench.store_row().state == "failed"
 
 
+def test_resuming_a_second_harvest_of_a_store_resumes_the_first(bench: Bench) -> None:
+    first, second = bench.submit(), bench.submit()
+    bench.leases.fail(bench.claim().lease, code="x", message="y")
+    bench.release()
+    assert bench.queue.resume(PROJECT, second.id).state == bench.job(first.id).state == "queued"
+    again = bench.claim().lease
+    assert (again.job_id, bench.claim_next()) == (first.id, None)
+    bench.leases.succeed(again, STORE_RESULT)
+    assert bench.job(second.id).state == "succeeded" and bench.store_row().job_id == first.id
+
+
 def test_a_harvest_that_another_job_does_by_now_is_not_resumed(bench: Bench) -> None:
     first = bench.submit()
     bench.leases.fail(bench.claim().lease, code="x", message="y")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import Connection, update
 
 from gnomon.errors import Conflict, NotFound
 from gnomon.resources import Job
@@ -17,6 +17,7 @@ from gnomon_service.db.reads import read_cluster, read_project
 from gnomon_service.db.tables import jobs
 from gnomon_service.dispatch import deciding
 from gnomon_service.jobs.steering import Steering
+from gnomon_service.jobs.waiting import Waiting, read_waiting
 from gnomon_workers.runtime.protocol import NodeSnapshot
 from tests.integration.test_service_dispatcher import Scene
 from tests.support.service_cluster import Attempt
@@ -259,6 +260,21 @@ def test_a_drained_cluster_finishes_what_runs_and_starts_nothing(scene: Steered)
     scene.steering.drain(by=None)
     scene.turn(2)
     assert scene.runs(waiting)
+
+
+def test_a_job_that_is_cancelled_while_it_is_decided_about_stops_nobody(
+    scene: Steered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, other = scene.train(), scene.train()
+
+    def read_then_cancel(connection: Connection) -> list[Waiting]:
+        waiting = read_waiting(connection)
+        scene.bench.queue.cancel(PROJECT, job.id)
+        return waiting
+
+    monkeypatch.setattr(deciding, "read_waiting", read_then_cancel)
+    scene.turn()
+    assert (scene.runs(job), scene.runs(other)) == (False, True)
 
 
 def test_what_runs_on_a_drained_node_goes_on_elsewhere(scene: Steered) -> None:

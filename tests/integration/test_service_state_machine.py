@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
-from contextlib import ExitStack
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -14,22 +10,23 @@ from typing import Final
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from sqlalchemy import func, select, text
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sqlalchemy import func, select
 
 from gnomon.errors import Conflict, LeaseLost
 from gnomon.resources import TERMINAL_STATES
 from gnomon.specs.request import JobChange
 from gnomon_service.db.engine import Database
-from gnomon_service.db.tables import LEGAL_TRANSITIONS, jobs, legal_transitions, metadata
+from gnomon_service.db.tables import LEGAL_TRANSITIONS, jobs
 from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.dispatch.deciding import Scheduler
 from gnomon_service.jobs.held import Lease
 from gnomon_service.jobs.steering import Steering
 from gnomon_workers.runtime.protocol import ClusterSnapshot, NodeSnapshot
 from tests.chaos.counts import IS_CHAOS, count
-from tests.chaos.history import HELD, OF_HOLDERS, Sent, check, read_history
-from tests.support.databases import fresh_database
+from tests.chaos.history import check
+from tests.chaos.reading import HELD, OF_HOLDERS, Sent, read_history
+from tests.support.schemas import emptied_postgresql, empty_sqlite
 from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench
 
 MAX_ATTEMPTS = 3
@@ -39,16 +36,6 @@ CLUSTER: Final = ClusterSnapshot(nodes=(NodeSnapshot(id="n", name="node", n_cpus
 WRITES: Final = ("renew", "mark_running", "place", "record", "keep", "succeed", "fail", "cancelled", "lose", "put_back")
 REPEATABLE: Final = WRITES[:5]
 """Those that may come again, as their answer was lost, and then change nothing."""
-
-
-@cache
-def _empty_sqlite() -> Path:
-    """A file with the present schema; to migrate takes longer than most examples."""
-    path = Path(tempfile.mkdtemp(prefix="gnomon-chaos-")) / "empty.db"
-    database = Database(f"sqlite:///{path}")
-    database.migrate()
-    database.close()
-    return path
 
 
 class JobHistory(RuleBasedStateMachine):
@@ -63,9 +50,7 @@ class JobHistory(RuleBasedStateMachine):
     def open_database(self) -> Database:
         """An empty database."""
         self.folder = tempfile.TemporaryDirectory()
-        path = Path(self.folder.name) / "gnomon.db"
-        shutil.copy(_empty_sqlite(), path)
-        return Database(f"sqlite:///{path}")
+        return Database(empty_sqlite(Path(self.folder.name)))
 
     def close_database(self) -> None:
         """Leave nothing of it."""
@@ -96,9 +81,13 @@ class JobHistory(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------ dispatchers
 
-    @rule(owner=st.sampled_from("ab"), is_answer_lost=st.booleans())
-    def claim(self, owner: str, is_answer_lost: bool) -> None:
+    @rule(owner=st.sampled_from("ab"), is_answer_lost=st.booleans(), is_made_ready=st.booleans())
+    def claim(self, owner: str, is_answer_lost: bool, is_made_ready: bool) -> None:
         """Whose answer was lost asks again, and finds the job taken: by itself."""
+        if is_made_ready and self.state == "queued":
+            self.release()
+            self.resume()
+            self.hold(False)
         held = self.bench.claim_next(owner)
         assert (held is not None) == self.is_ready
         if held is not None:
@@ -107,6 +96,14 @@ class JobHistory(RuleBasedStateMachine):
                 assert self.bench.claim_next(owner) is None
             else:
                 self.leases.append(held.lease)
+
+    @precondition(lambda self: self.state in HELD and not all(map(self.is_stale, self.leases)))
+    @rule(owner=st.sampled_from("ab"), write=st.sampled_from(["lose", "put_back"]))
+    def begin_another_attempt(self, owner: str, write: str) -> None:
+        """What single steps come to too rarely: the next attempt, perhaps of the same dispatcher."""
+        (lease,) = {lease for lease in self.leases if not self.is_stale(lease)}
+        self.try_to_write(lease, write, False)
+        self.claim(owner, False, True)
 
     @rule(owner=st.sampled_from("ab"), is_held=st.booleans())
     def adopt(self, owner: str, is_held: bool) -> None:
@@ -125,7 +122,21 @@ class JobHistory(RuleBasedStateMachine):
         if not self.leases:
             return
         lease = data.draw(st.sampled_from(self.leases))
-        is_current = self.state in HELD and (lease.attempt, lease.owner) == (self.attempt, self.holder)
+        self.try_to_write(lease, write, is_answer_lost)
+
+    @precondition(lambda self: self.state in HELD and any(map(self.is_stale, self.leases)))
+    @rule(data=st.data(), write=st.sampled_from(WRITES))
+    def write_late(self, data: st.DataObject, write: str) -> None:
+        """By one who slept, while another attempt or owner holds the job."""
+        self.try_to_write(data.draw(st.sampled_from(list(filter(self.is_stale, self.leases)))), write, False)
+
+    def is_stale(self, lease: Lease) -> bool:
+        """Whether a lease is not the one that holds the job."""
+        return self.state not in HELD or (lease.attempt, lease.owner) != (self.attempt, self.holder)
+
+    def try_to_write(self, lease: Lease, write: str, is_answer_lost: bool) -> None:
+        """Write under a lease, perhaps twice."""
+        is_current = not self.is_stale(lease)
         legal = is_current and not (write == "succeed" and self.state == "scheduled")
         n_told = len(self.bench.events(self.job_id)) + 1  # a number that no report had before
         try:
@@ -285,23 +296,10 @@ class JobHistoryOnPostgreSQL(JobHistory):
     """The same on the other database: one for all examples, emptied before each."""
 
     def open_database(self) -> Database:
-        database = _postgresql()
-        emptied = [table.name for table in metadata.sorted_tables if table is not legal_transitions]
-        with database.write() as connection:
-            connection.execute(text(f"TRUNCATE {', '.join(emptied)}"))
-        return database
+        return emptied_postgresql()
 
     def close_database(self) -> None:
         """It stays for the next example."""
-
-
-@cache
-def _postgresql() -> Database:
-    until_the_end = ExitStack()
-    database = Database(until_the_end.enter_context(fresh_database("postgresql", Path())))
-    atexit.register(until_the_end.close)  # before its server's end, which was registered earlier
-    database.migrate()
-    return database
 
 
 JobHistory.TestCase.settings = settings(

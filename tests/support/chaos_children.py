@@ -28,7 +28,7 @@ from gnomon_service.dispatch.loop import Dispatcher
 from gnomon_service.jobs.held import RetryPolicy
 from gnomon_service.jobs.leases import Leases
 from gnomon_service.settings import Settings
-from tests.chaos.history import Sent
+from tests.chaos.reading import Sent
 from tests.support.service_jobs import Bench, harvest_spec, train_spec
 from tests.support.waiting import LIMIT_S
 from tests.support.working_cluster import RemoteCluster

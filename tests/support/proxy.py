@@ -27,6 +27,8 @@ class Proxy:
         self._hang_after: int | None = None
         self.n_cut = 0
         """Connections that were cut while both ends held them."""
+        self.n_cut_at = 0
+        """Connections that were cut at what their server sent."""
         self.n_bytes_back = 0
         """What the server's answers had so far, heads and all."""
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
@@ -164,6 +166,8 @@ class Proxy:
             while data := server.recv(1 << 16):
                 seen = seen[-len(words) :] + data
                 if words in seen:
+                    with self._lock:
+                        self.n_cut_at += 1
                     return
                 client.sendall(data)
 

@@ -236,7 +236,8 @@ def resume(connection: Connection, row: RowMapping) -> None:
     statement = select(jobs).where(jobs.c.id.in_(needed), jobs.c.state.in_(("failed", "cancelled"))).order_by(jobs.c.id)
     for other in connection.execute(statement.with_for_update()).mappings().all():
         resume(connection, other)
-    if row["kind"] == "harvest":
+    waits_for = connection.execute(select(jobs.c.id).where(jobs.c.id.in_(needed), jobs.c.state != "succeeded")).first()
+    if row["kind"] == "harvest" and waits_for is None:  # else that one makes the store, for both
         resume_store(connection, row)
     deadline_at = None
     if row["deadline_at"] is not None:
