@@ -9,13 +9,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import Connection, update
 
 from gnomon.errors import Conflict, CorruptArtifact, LeaseLost, Unavailable
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import jobs
+from gnomon_service.jobs import transitions
 from gnomon_service.jobs.held import Lease, RetryPolicy
 from gnomon_service.jobs.leases import Leases
 from tests.support.databases import fresh_database
@@ -290,6 +292,24 @@ def test_a_lost_attempt_of_a_cancelled_job_ends_it(bench: Bench) -> None:
     bench.queue.cancel(PROJECT, job.id)
     assert bench.leases.wishes("a")[job.id].cancel_requested
     bench.leases.lose(lease, "node died")
+    assert bench.job(job.id).state == "cancelled"
+
+
+def test_a_cancel_is_kept_that_meets_the_loss_of_the_attempt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = bench.submit()
+    lost = threading.Thread(target=bench.leases.lose, args=(bench.claim().lease, "node died"))
+    end = transitions.end
+
+    def end_while_the_attempt_is_lost(connection: Connection, *args: Any, **fields: Any) -> object:
+        ended = end(connection, *args, **fields)
+        if lost.ident is None:
+            lost.start()
+            lost.join(1.0)  # it waits for this transaction, or has come between two of its statements
+        return ended
+
+    monkeypatch.setattr(transitions, "end", end_while_the_attempt_is_lost)
+    bench.queue.cancel(PROJECT, job.id)
+    lost.join()
     assert bench.job(job.id).state == "cancelled"
 
 

@@ -218,6 +218,8 @@ def _abandon(connection: Connection, row: RowMapping) -> None:
 
 def cancel(connection: Connection, where: ColumnElement[bool]) -> None:
     """Cancel the one job that matches: at once if it waits, else ask its dispatcher to stop it."""
+    # or it could go back into the queue after it was found running, and before it was asked to stop
+    connection.execute(select(jobs.c.id).where(where).with_for_update())
     waiting = where & (jobs.c.state == "queued")
     if end(connection, waiting, "cancelled", code="cancelled", message=BY_USER) is not None:
         return
