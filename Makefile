@@ -67,7 +67,7 @@ test: $(VENV)/.dev
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long
 
-# The faults that make test meets a few times, more often: minutes, and hours with COUNT=release.
+# Faults at random moments, of which make test meets but some: minutes, and hours with COUNT=release.
 COUNT ?= some
 chaos: $(VENV)/.dev
 	GNOMON_CHAOS=$(COUNT) $(PYTEST) -s -o timeout=0 tests/chaos tests/integration/test_service_state_machine.py

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from gnomon_service.db.engine import Database
+from tests.chaos.counts import IS_CHAOS
 from tests.chaos.scene import Scene, scene_of
 from tests.integration.conftest import database
 from tests.support.databases import DIALECTS, fresh_database
 
 __all__ = ["database"]
+
+# They watch processes against the clock: beside others they take minutes, and only `make chaos` has those.
+collect_ignore = [] if IS_CHAOS else ["test_kills.py", "test_outages.py", "test_pauses.py"]
 
 
 @pytest.fixture(params=DIALECTS)
