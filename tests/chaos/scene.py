@@ -55,7 +55,8 @@ class Scene:
     def submit(self, n_jobs: int) -> None:
         """Send so many requests, which must be answered."""
         first = len(self.diary.sent().keys)
-        assert all(submit_one(self.bench, self.diary, f"key-{first + n}", N_STORES) for n in range(n_jobs))
+        for key in (f"key-{first + n}" for n in range(n_jobs)):
+            assert submit_one(self.bench, self.diary, key, N_STORES), self.diary.lines()[-1]
 
     def n_in(self, *states: str) -> int:
         """Jobs that are in one of these states."""

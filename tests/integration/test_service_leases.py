@@ -8,21 +8,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy import Connection, update
 
-from gnomon.errors import Conflict, CorruptArtifact, LeaseLost, Unavailable
+from gnomon.errors import Conflict, CorruptArtifact, LeaseLost
 from gnomon_service.db.engine import Database
-from gnomon_service.db.tables import jobs
-from gnomon_service.jobs import transitions
 from gnomon_service.jobs.held import Lease, RetryPolicy
 from gnomon_service.jobs.leases import Leases
-from tests.support.databases import fresh_database
 from tests.support.service_jobs import PROJECT, STORE_RESULT, Bench, train_spec
-from tests.support.waiting import wait_until
 
 WRITES: dict[str, Callable[[Leases, Lease], object]] = {
     "renew": lambda leases, lease: leases.renew(lease),
@@ -238,23 +231,6 @@ def test_a_job_whose_claim_was_never_answered_is_adopted_by_its_own_dispatcher(b
     assert (held.lease.attempt, held.lease.owner) == (1, "a")
 
 
-def test_a_dispatcher_that_stands_still_in_a_transaction_does_not_hold_up_the_others(tmp_path: Path) -> None:
-    with fresh_database("postgresql", tmp_path) as url:
-        database, frozen = Database(url), Database(url, standstill_s=0.2)
-        database.migrate()
-        bench = Bench(database)
-        job = bench.submit()
-        bench.claim("a")
-        bench.let_lease_pass(job.id)
-        with pytest.raises(Unavailable), frozen.write() as connection:
-            connection.execute(update(jobs).where(jobs.c.id == job.id).values(priority=1))
-            (held,) = wait_until(lambda: bench.leases.adopt("b"), "the lock of the one that stands still")
-            connection.execute(update(jobs).where(jobs.c.id == job.id).values(priority=2))
-        assert (held.lease.owner, bench.job(job.id).priority) == ("b", 0)
-        database.close()
-        frozen.close()
-
-
 def test_a_lost_attempt_runs_again_until_the_last(bench: Bench) -> None:
     job = bench.submit(max_attempts=3)
     for attempt in (1, 2, 3):
@@ -292,24 +268,6 @@ def test_a_lost_attempt_of_a_cancelled_job_ends_it(bench: Bench) -> None:
     bench.queue.cancel(PROJECT, job.id)
     assert bench.leases.wishes("a")[job.id].cancel_requested
     bench.leases.lose(lease, "node died")
-    assert bench.job(job.id).state == "cancelled"
-
-
-def test_a_cancel_is_kept_that_meets_the_loss_of_the_attempt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = bench.submit()
-    lost = threading.Thread(target=bench.leases.lose, args=(bench.claim().lease, "node died"))
-    end = transitions.end
-
-    def end_while_the_attempt_is_lost(connection: Connection, *args: Any, **fields: Any) -> object:
-        ended = end(connection, *args, **fields)
-        if lost.ident is None:
-            lost.start()
-            lost.join(1.0)  # it waits for this transaction, or has come between two of its statements
-        return ended
-
-    monkeypatch.setattr(transitions, "end", end_while_the_attempt_is_lost)
-    bench.queue.cancel(PROJECT, job.id)
-    lost.join()
     assert bench.job(job.id).state == "cancelled"
 
 

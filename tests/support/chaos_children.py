@@ -120,8 +120,8 @@ def submit_one(bench: Bench, diary: Diary, key: str, n_stores: int) -> bool:
     spec, store = spec_of(key, n_stores)
     try:
         job = bench.submit(spec, store=store, key=key, max_attempts=10)
-    except Unavailable:
-        diary.write("unavailable", key)
+    except Unavailable as error:
+        diary.write("unavailable", key, type(getattr(error.__cause__, "orig", None)).__name__)
         return False
     diary.write("answer", key, job.id)
     return True
@@ -172,5 +172,14 @@ def _stop_on_sigterm(is_ready: Event) -> threading.Event:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test, which ends its children
+    threading.Thread(target=_end_with_the_test, daemon=True).start()
     is_ready.set()
     return stop
+
+
+def _end_with_the_test() -> None:
+    """Where the test was killed, nobody else ends its children."""
+    test = multiprocessing.parent_process()
+    assert test is not None
+    test.join()
+    os._exit(1)

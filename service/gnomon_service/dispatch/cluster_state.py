@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, or_, update
+from sqlalchemy import Connection, delete, or_, update
 
-from gnomon_service.db.engine import Database, database_now
+from gnomon_service.db.engine import Database, database_now, upsert
 from gnomon_service.db.tables import cluster, nodes
 from gnomon_workers.runtime.protocol import ClusterSnapshot
 
@@ -33,8 +33,7 @@ class Observations:
                 "n_nodes": snapshot.n_nodes,
             }
         with self._database.write() as connection:
-            if not connection.execute(update(cluster).where(cluster.c.id == 1).values(values)).rowcount:
-                connection.execute(insert(cluster).values(id=1, **values))
+            upsert(connection, cluster, {"id": 1}, values)
             if snapshot is not None:
                 _note_nodes(connection, snapshot)
 
@@ -63,5 +62,4 @@ def _note_nodes(connection: Connection, snapshot: ClusterSnapshot) -> None:
             "memory_bytes": node.memory_bytes,
             "seen_at": database_now(),
         }
-        if not connection.execute(update(nodes).where(nodes.c.id == node.id).values(values)).rowcount:
-            connection.execute(insert(nodes).values(id=node.id, **values))
+        upsert(connection, nodes, {"id": node.id}, values)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, select, update
 
 from gnomon.errors import Conflict, NotFound
 from gnomon.events import Logged
 from gnomon.resources import TERMINAL_STATES, Job, ProjectState
 from gnomon.specs.request import JobChange
-from gnomon_service.db.engine import Database
+from gnomon_service.db.engine import Database, upsert
 from gnomon_service.db.reads import read_job, read_project
 from gnomon_service.db.tables import cluster, jobs, nodes, projects
 from gnomon_service.jobs.transitions import add_events, as_row
@@ -55,8 +55,7 @@ class Steering:
     def hold(self, project: str, *, by: str | None) -> None:
         """Start nothing of a project, or, where nobody holds it, everything again; what runs goes on."""
         with self._database.write() as connection:
-            if not connection.execute(update(projects).where(projects.c.name == project).values(held_by=by)).rowcount:
-                connection.execute(insert(projects).values(name=project, held_by=by))
+            upsert(connection, projects, {"name": project}, {"held_by": by})
 
     def set_project(
         self, project: str, *, weight: float | None, n_jobs_most: int | None, n_devices_most: int | None
@@ -71,16 +70,13 @@ class Steering:
         with self._database.write() as connection:
             _check_use(connection, project, values)
             if values:
-                mine = update(projects).where(projects.c.name == project)
-                if not connection.execute(mine.values(values)).rowcount:
-                    connection.execute(insert(projects).values(name=project, **values))
+                upsert(connection, projects, {"name": project}, values)
             return read_project(connection, project)
 
     def drain(self, *, by: str | None) -> None:
         """Start nothing on the cluster, or, where nobody drains it, everything again; what runs is finished."""
         with self._database.write() as connection:
-            if not connection.execute(update(cluster).where(cluster.c.id == 1).values(drained_by=by)).rowcount:
-                connection.execute(insert(cluster).values(id=1, drained_by=by))
+            upsert(connection, cluster, {"id": 1}, {"drained_by": by})
 
     def drain_node(self, node: str, *, by: str | None) -> None:
         """Have whatever runs on a node leave it, and start nothing there, or end that. Raises NotFound."""

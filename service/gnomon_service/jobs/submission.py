@@ -14,7 +14,7 @@ from gnomon.resources import TERMINAL_STATES, Job
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, TrainSpec
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.reads import read_job
-from gnomon_service.db.tables import job_dependencies, job_events, jobs
+from gnomon_service.db.tables import activation_stores, job_dependencies, job_events, jobs
 from gnomon_service.jobs.artifacts import begin_store, check_not_deleting, lock_store, result_of_sealed
 from gnomon_service.jobs.ids import make_id
 from gnomon_service.jobs.steering import end_pause
@@ -118,6 +118,7 @@ class Queue:
             "max_attempts": request.max_attempts,
             "deadline_at": None if request.deadline_s is None else database_now() + request.deadline_s,
         }
+        _lock_maker(connection, project, plan.store_id)
         store = lock_store(connection, project, plan.store_id)
         check_not_deleting(store)
         is_sealed = store is not None and store["state"] == "sealed"
@@ -190,6 +191,13 @@ def _find_by_key(connection: Connection, project: str, key: str, body_hash: str)
             code="idempotency_conflict",
         )
     return read_job(connection, project, row.id)
+
+
+def _lock_maker(connection: Connection, project: str, store_id: str) -> None:
+    """Lock the job that makes a store before the store itself: in the order of whoever ends that job."""
+    is_it = (activation_stores.c.project == project) & (activation_stores.c.id == store_id)
+    maker = select(activation_stores.c.job_id).where(is_it)
+    connection.execute(select(jobs.c.id).where(jobs.c.id.in_(maker)).with_for_update())
 
 
 def _live_job(connection: Connection, job_id: str) -> str | None:
