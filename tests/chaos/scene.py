@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import func, select
 
@@ -20,6 +21,7 @@ from tests.support.service_jobs import Bench
 from tests.support.waiting import LIMIT_S, wait_until
 from tests.support.working_cluster import DIED, Habits, WorkingCluster, serving_cluster
 
+T = TypeVar("T")
 LEASE_S = 1.0
 N_STORES = 40
 N_BETWEEN_DRAINS = 50
@@ -57,6 +59,16 @@ class Scene:
         first = len(self.diary.sent().keys)
         for key in (f"key-{first + n}" for n in range(n_jobs)):
             assert submit_one(self.bench, self.diary, key, N_STORES), self.diary.lines()[-1]
+
+    def wait_for_work(self, look: Callable[[], T | None]) -> T:
+        """Wait until a look finds what it looks for, and send more while nothing is to do: some of it ends at once."""
+
+        def look_or_send() -> T | None:
+            if not (found := look()) and not self.n_in("queued", *HELD):
+                self.submit(4)
+            return found
+
+        return wait_until(look_or_send, "a job that is held", every_s=0.01)
 
     def n_in(self, *states: str) -> int:
         """Jobs that are in one of these states."""

@@ -33,9 +33,8 @@ def test_a_dispatcher_that_is_killed_leaves_its_jobs_to_the_next(scene: Scene) -
     n_kills = n_holding = 0
     while n_kills < wanted or (n_holding == 0 and n_kills < 20 * wanted):
         scene.submit(4)
-        n_ended = scene.n_ended()
         dispatcher = scene.new_dispatcher()
-        wait_until(lambda n=n_ended: scene.n_held() or scene.n_ended() > n, "work", every_s=0.01)  # type: ignore[misc]
+        scene.wait_for_work(scene.n_held)
         pause_at_random(1.5 if n_kills % 2 else 0.1)
         dispatcher.kill()
         n_kills += 1

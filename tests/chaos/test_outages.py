@@ -86,7 +86,7 @@ def test_a_dispatcher_of_which_the_database_s_answers_are_cut_off_does_each_job_
         dispatchers = [scene.new_dispatcher(), scene.new_dispatcher()]
         for _ in range(n_rounds):
             scene.submit(4)
-            wait_until(scene.n_held, "a job that is held", every_s=0.01)
+            scene.wait_for_work(scene.n_held)
             with proxy.cutting_at(b"COMMIT\0"):
                 with proxy.away():
                     pass  # connections that were there before would tell

@@ -31,7 +31,7 @@ def test_a_dispatcher_that_stands_still_past_its_leases_writes_nothing_stale(slo
     while n_pauses < wanted:
         if scene.n_in("queued") < 8:
             scene.submit(8)
-        sleeper = wait_until(lambda: _holder(scene, dispatchers), "a dispatcher that holds jobs", every_s=0.01)
+        sleeper = scene.wait_for_work(lambda: _holder(scene, dispatchers))
         pause_at_random(0.2)
         sleeper.send(signal.SIGSTOP)
         held = scene.held_by(sleeper.name)
