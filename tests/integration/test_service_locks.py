@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, func, select, update
 
 from gnomon.errors import Unavailable
 from gnomon_service.db.engine import Database
-from gnomon_service.db.tables import jobs
+from gnomon_service.db.tables import cluster, jobs, projects
 from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.jobs import submission, transitions
 from gnomon_service.jobs.steering import Steering
@@ -61,6 +61,7 @@ def test_a_cancel_that_meets_a_loss_is_kept(database: Database, monkeypatch: pyt
     assert bench.job(job.id).state == "cancelled"
 
 
+MADE = (cluster, projects)
 UPSERTS: dict[str, Callable[[Database], object]] = {
     "note": lambda database: Observations(database).note(ClusterSnapshot(nodes=(NODE,))),
     "drain": lambda database: Steering(database).drain(by="ann"),
@@ -83,6 +84,9 @@ def test_rows_that_many_make_at_once_are_made_once(database: Database, write: Ca
 
     with ThreadPoolExecutor(n_writers) as pool:
         list(pool.map(make, range(n_writers)))
+    with database.read() as connection:
+        n_rows = [connection.execute(select(func.count()).select_from(table)).scalar_one() for table in MADE]
+    assert n_rows in ([1, 0], [0, 1])
 
 
 def test_a_submit_that_meets_the_end_of_its_harvest_waits_for_no_one_that_waits_for_it(
