@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import torch
 from gnomon.specs import Mesh, StoredActivations, TopK, TrainSpec
 from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import committed_checkpoints
+from gnomon_workers.runtime.ports import free_port
 from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import Meeting, join_mesh, make_step, n_first_samples
 from gnomon_workers.train.saving import save_checkpoint
@@ -82,9 +82,7 @@ def measure(n_shards: int, options: argparse.Namespace) -> list[Usage]:
         mesh=Mesh(features=n_shards),
     )
     plan = make_plan(spec, d_in=options.d_in, mesh=Mesh(features=n_shards), mean_squared_norm=1.0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     folder = tempfile.mkdtemp(prefix="gnomon-memory-", dir=options.folder)
     work = Work(plan=plan, n_steps=options.steps, folder=folder, address=address)
     context = multiprocessing.get_context("spawn")

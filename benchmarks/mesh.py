@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from training_step import CONFIGS, Config, activations
 
 from gnomon.specs import BatchTopK, Mesh, StoredActivations, TopK, TrainSpec
 from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.runtime.ports import free_port
 from gnomon_workers.sae.parameters import make_parameters
 from gnomon_workers.sae.plan import make_plan
 from gnomon_workers.train.step import TrainStep
@@ -90,9 +90,7 @@ def run_rank(rank: int, port: int, dp: int, features: int, config: Config, optio
 
 def run_mesh(dp: int, features: int, config: Config, options: dict[str, str]) -> list[dict[str, Any]]:
     """Results of all ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with multiprocessing.get_context("spawn").Pool(dp * features) as pool:
         tasks = [(rank, port, dp, features, config, options) for rank in range(dp * features)]
         return pool.starmap(run_rank, tasks, chunksize=1)

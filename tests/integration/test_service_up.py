@@ -30,7 +30,12 @@ class Up:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.process = self.spawn()
-        wait_until(lambda: "stops everything" in self.output(), self.output)
+        try:
+            wait_until(lambda: "stops everything" in self.output(), self.output)
+        except BaseException:
+            self.process.terminate()
+            self.process.wait()
+            raise
         state = json.loads((home / "up.json").read_text())
         self.marker, self.ray_folder = state["marker"], Path(state["ray_folder"])
         client = json.loads((home / "client.json").read_text())

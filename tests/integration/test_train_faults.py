@@ -98,3 +98,12 @@ def _compare(
     assert ours.step == theirs.step == n_steps
     assert ours.state == theirs.state and ours.state
     assert [shard.digest for shard in ours.shards] == [shard.digest for shard in theirs.shards]
+
+
+def test_an_attempt_that_finds_all_steps_made_ends_well(root: Path) -> None:
+    """As after a death between the last checkpoint and the answer: nothing is left but to say so."""
+    gang = ProcessGang(root, "ended", plan_for(2 * EVERY, checkpoint_every=EVERY))
+    first, again = gang.run(), gang.run()
+    assert (first.finished, again.finished) == (True, True), again.refused
+    assert (len(first.losses), again.losses) == (2 * EVERY, {})
+    assert gang.final().step == 2 * EVERY

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from gnomon_workers.parallel.mesh import ProcessMesh
+from gnomon_workers.runtime.ports import free_port
 from tests.support.waiting import LIMIT_S
 
 T = TypeVar("T")
@@ -54,9 +54,7 @@ class RankPool:
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self._workers.append((process, ours))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         pipes = [pipe for _, pipe in self._workers[: dp * features]]
         for pipe in pipes:
             pipe.send((function, dp, features, port, args, options))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from gnomon_storage.location import Location
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
 from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.answers import Refused
+from gnomon_workers.runtime.ports import free_port
 from gnomon_workers.runtime.protocol import Assignment
 from gnomon_workers.sae.plan import TrainPlan, make_plan
 from gnomon_workers.train.rank import TrainRank
@@ -139,9 +139,7 @@ class ProcessGang:
         """One attempt, from the last checkpoint; on_step(step, pids) is told of every step that rank 0 made."""
         self.n_attempts += 1
         run = run_for(self._root, self._folder, self._plan, self.n_attempts)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         log = self._root / f"{self._folder}.log"
         pipes, processes = [], []
         for rank in range(self._plan.n_ranks):

@@ -22,11 +22,12 @@ import httpx2
 from gnomon.errors import Conflict, Unauthenticated, Unavailable
 from gnomon_service.db.engine import Database
 from gnomon_service.dispatch.cluster_state import Observations
-from gnomon_service.local.processes import MARKER, Child, ChildProcesses, accepts_connections, free_port, sweep
+from gnomon_service.local.processes import MARKER, Child, ChildProcesses, accepts_connections, sweep
 from gnomon_service.local.ray_head import HOST, LocalRay, without_ray
 from gnomon_service.settings import Settings
 from gnomon_service.storage_root import check_within, make_storage_root
 from gnomon_service.tenancy.keys import DEFAULT_PROJECT, SCOPES, Keys
+from gnomon_workers.runtime.ports import free_port
 
 CLIENT_FILE = "client.json"
 """In the home folder: where the API is and a key for it, for the SDK and the CLI."""

@@ -193,13 +193,6 @@ def _signal_all(processes: Iterable[psutil.Process], number: signal.Signals) -> 
             continue
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_for_address(address: str, stop: threading.Event) -> bool:
     """Wait until something listens at host:port; False if `stop` was set before."""
     host, _, port = address.rpartition(":")

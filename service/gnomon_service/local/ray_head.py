@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from gnomon_service.local.processes import free_port
 from gnomon_service.settings import Settings
+from gnomon_workers.runtime.ports import free_port
 
 HOST = "127.0.0.1"
 

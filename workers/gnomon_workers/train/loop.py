@@ -75,11 +75,13 @@ def train(
             stack.enter_context(_writer(training, step, attempt, observer))
             for training, step in zip(trainings, steps, strict=True)
         ]
+        has_left = False
         observer.progress(trainings[0].first_step, spec.batch_size, force=True)
         for number in _steps(trainings, steps, source, observer, trace):
             for writer in writers:
                 writer.check()
             leaves = is_last(number)
+            has_left = leaves and number < spec.n_steps
             if number % spec.checkpoint_every == 0 or number == spec.n_steps or leaves:
                 begin_all(writers, number)
             observer.progress(number, spec.batch_size, force=number == spec.n_steps)
@@ -87,7 +89,7 @@ def train(
                 break
         for writer in writers:
             writer.finish()
-    return number < spec.n_steps
+    return has_left
 
 
 def _writer(training: Training, step: TrainStep, attempt: int, observer: Observer) -> CheckpointWriter:

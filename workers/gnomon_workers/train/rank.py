@@ -23,6 +23,7 @@ from gnomon_workers.runtime import failpoints
 from gnomon_workers.runtime.answers import answers
 from gnomon_workers.runtime.devices import own_device
 from gnomon_workers.runtime.failpoints import Failpoint
+from gnomon_workers.runtime.ports import free_port
 from gnomon_workers.runtime.protocol import Report
 from gnomon_workers.runtime.reporting import Reporter
 from gnomon_workers.sae.init import initial_b_dec
@@ -59,9 +60,7 @@ class TrainRank:
         import ray
 
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+        return f"{host}:{free_port(host)}"
 
     def beat(self) -> float:
         """Seconds since this rank last did something."""
