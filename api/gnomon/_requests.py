@@ -17,6 +17,7 @@ from gnomon.resources import (
     ActivationStoreRecord,
     ApiKey,
     ClusterState,
+    Collection,
     DictionaryRecord,
     Event,
     Job,
@@ -236,6 +237,21 @@ def revoke_key(key_id: str) -> Request[None]:
 def delete_activations(store_id: str) -> Request[None]:
     """DELETE /v1/activations/{id}."""
     return Request(method="DELETE", path=_path("activations", store_id), parse=_nothing)
+
+
+def delete_dictionary(dictionary_id: str) -> Request[DictionaryRecord]:
+    """DELETE /v1/dictionaries/{id}."""
+    return Request(method="DELETE", path=_path("dictionaries", dictionary_id), parse=DictionaryRecord.read)
+
+
+def restore_dictionary(dictionary_id: str) -> Request[DictionaryRecord]:
+    """POST /v1/dictionaries/{id}/restore."""
+    return Request(method="POST", path=_path("dictionaries", dictionary_id, "restore"), parse=DictionaryRecord.read)
+
+
+def collection() -> Request[Collection]:
+    """GET /v1/collection."""
+    return Request(method="GET", path=_path("collection"), parse=Collection.read)
 
 
 def cluster() -> Request[ClusterState]:

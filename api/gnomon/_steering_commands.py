@@ -70,14 +70,15 @@ def clone(
     ctx: typer.Context,
     job_id: JobArgument,
     settings: Annotated[
-        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="A field of the spec, dots within; value as JSON.")
-    ],
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the spec, dots within; value as JSON."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="A label for people.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Queue another job with a job's spec, but for some fields."""
+    """Queue another job with a job's spec, but for some fields, or for none."""
     changes: dict[str, Any] = {}
-    for setting in settings:
+    for setting in settings or ():
         _put(changes, setting)
     handle = _client(ctx).clone(job_id, changes, name=name)
     show_json(handle.job) if as_json else show_line(handle.id)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gnomon import _removal_commands, _steering_commands
 from gnomon._job_view import job_name, number, show_job
 from gnomon._plan_text import show_plan
 from gnomon._plugins import CommandGroup
@@ -27,7 +28,7 @@ from gnomon._screen import (
     show_table,
 )
 from gnomon._settings import resolve_settings
-from gnomon._steering_commands import add_commands, show_cluster
+from gnomon._steering_commands import show_cluster
 from gnomon.client import Client, JobHandle
 from gnomon.errors import GnomonError, InvalidRequest, how_to_install
 from gnomon.resources import TERMINAL_STATES, JobKind, JobState
@@ -46,7 +47,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys_app, name="keys")
-add_commands(app)
+_steering_commands.add_commands(app)
+_removal_commands.add_commands(app)
 
 Scopes = Annotated[
     list[str] | None, typer.Option(help="read, write or admin; once per scope. Default: read and write.")
@@ -327,15 +329,6 @@ def issue_key(
     options: dict[str, Any] = {"scopes": tuple(scope)} if scope else {}
     made = _client(ctx).create_key(name, expires_in_s=expires_in_s, **options)
     show_json(made) if as_json else show_line(made.key)
-
-
-@app.command("delete-activations", epilog="Example: `gnomon delete-activations act_0123...`")
-def delete_activations(
-    ctx: typer.Context, store_id: Annotated[str, typer.Argument(metavar="STORE", help="Id of an activation store.")]
-) -> None:
-    """Delete an activation store that no job uses; the same harvest then makes it anew."""
-    _client(ctx).delete_activations(store_id)
-    show_line(f"{store_id} is deleted")
 
 
 @keys_app.command("revoke")

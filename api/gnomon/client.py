@@ -30,6 +30,7 @@ from gnomon.resources import (
     ActivationStoreRecord,
     ApiKey,
     ClusterState,
+    Collection,
     DictionaryRecord,
     EvaluateResult,
     Event,
@@ -183,8 +184,23 @@ class Client:
         self._session.send(_requests.revoke_key(key_id))
 
     def delete_activations(self, store_id: str) -> None:
-        """Delete an activation store that no job uses; the same harvest then makes it anew."""
+        """Delete an activation store that no job uses; the same harvest then makes it anew.
+
+        Its bytes go soon, by a dispatcher; until then it is "deleting", and cannot be harvested.
+        """
         self._session.send(_requests.delete_activations(store_id))
+
+    def delete_dictionary(self, dictionary_id: str) -> DictionaryRecord:
+        """Delete a dictionary's files after some days, by the service's settings; it can be restored until then."""
+        return self._session.send(_requests.delete_dictionary(dictionary_id))
+
+    def restore_dictionary(self, dictionary_id: str) -> DictionaryRecord:
+        """Undo a deletion whose files are still there."""
+        return self._session.send(_requests.restore_dictionary(dictionary_id))
+
+    def collection(self) -> Collection:
+        """What of this project's bytes is deleted, when and why, and what was deleted last."""
+        return self._session.send(_requests.collection())
 
     def cluster(self) -> ClusterState:
         """What the service can run on."""

@@ -20,7 +20,9 @@ __all__ = [
     "ActivationStoreRecord",
     "ApiKey",
     "ClusterState",
+    "Collection",
     "DictionaryRecord",
+    "DictionaryState",
     "EvaluateResult",
     "Event",
     "HarvestResult",
@@ -35,6 +37,7 @@ __all__ = [
     "ProjectState",
     "QueuePlace",
     "Remaining",
+    "Removable",
     "StoreState",
     "TrainResult",
     "TrainedDictionary",
@@ -44,6 +47,7 @@ __all__ = [
 
 JobKind = Literal["harvest", "train", "evaluate"]
 StoreState = Literal["harvesting", "sealed", "failed", "deleting", "deleted"]
+DictionaryState = Literal["published", "deleting", "deleted"]
 
 
 class JobError(Document):
@@ -233,6 +237,8 @@ class ActivationStoreRecord(Document):
     """Hook name -> d_in."""
     location: str
     spec: dict[str, Any]
+    deleted_why: str | None = None
+    """Who or what had it deleted, and when it was last."""
 
 
 class DictionaryRecord(Document):
@@ -252,6 +258,36 @@ class DictionaryRecord(Document):
     files: dict[str, int]
     """File name -> bytes; each is at /v1/dictionaries/{id}/files/{name}."""
     metrics: DictionaryMetrics
+    state: DictionaryState | str = "published"
+    """A dictionary that is "deleting" can be had, and restored, until `purge_at`."""
+    deleted_why: str | None = None
+    purge_at: datetime | None = None
+    """From then on its files are deleted."""
+
+
+class Removable(Document):
+    """Something in the store that is deleted, or will be unless it is used."""
+
+    kind: Literal["leftovers", "store", "dictionary"] | str
+    """"leftovers": a job's checkpoints, segments and files that became no dictionary."""
+    id: str
+    """Of the job, store or dictionary."""
+    why: str
+    at: datetime | None = None
+    """When it was deleted, or may be; None = its deletion has begun."""
+    n_bytes: int | None = None
+    """None where nobody has counted."""
+
+
+class Collection(Document):
+    """What the collector deletes of a project, and what it deleted last."""
+
+    collected_at: datetime | None = None
+    """When a dispatcher last looked; None = never."""
+    upcoming: list[Removable] = Field(default_factory=list)
+    """Soonest first, at most 1,000."""
+    removed: list[Removable] = Field(default_factory=list)
+    """Of all projects' last few hundred, this project's; newest first."""
 
 
 class ApiKey(Document):
@@ -305,6 +341,8 @@ class ProjectState(Document):
     """Jobs that may run at once; None = any number."""
     n_devices_most: int | None = None
     """Devices that they may hold."""
+    n_store_bytes_most: int | None = None
+    """Bytes of its activation stores: above them, those that were not used for longest are deleted."""
     held_by: str | None = None
     """The key that holds it: nothing of it is started."""
 

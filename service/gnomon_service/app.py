@@ -18,7 +18,17 @@ from gnomon_service.rest.key_gate import KeyGate
 from gnomon_service.rest.metrics import Metrics, RequestMetrics
 from gnomon_service.rest.problems import add_problem_handlers
 from gnomon_service.rest.rate_limits import RateLimits
-from gnomon_service.rest.routes import activations, cluster, dictionaries, health, jobs, keys, plans, project
+from gnomon_service.rest.routes import (
+    activations,
+    cluster,
+    collection,
+    dictionaries,
+    health,
+    jobs,
+    keys,
+    plans,
+    project,
+)
 from gnomon_service.settings import Settings
 from gnomon_service.storage_root import make_storage_root
 from gnomon_service.tenancy.keys import Keys
@@ -59,7 +69,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.state.submits = jobs.limit_submits()
     app.state.dispatcher_check = health.Check[health.Seen]()
     app.state.store_check = health.Check[str]()
-    for routes in (project, jobs, plans, activations, dictionaries, keys, cluster, health):
+    for routes in (project, jobs, plans, activations, dictionaries, collection, keys, cluster, health):
         app.include_router(routes.router)
     add_problem_handlers(app)
     # The last one added is the first one passed: count, then authenticate, then read the body.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -121,6 +122,7 @@ def dispatcher(
     from gnomon_service.dispatch.cluster_state import Observations
     from gnomon_service.dispatch.collecting import Collector
     from gnomon_service.dispatch.deciding import Scheduler
+    from gnomon_service.dispatch.garbage import Rules
     from gnomon_service.dispatch.loop import Dispatcher
     from gnomon_service.jobs.held import RetryPolicy
     from gnomon_service.jobs.leases import Leases
@@ -141,17 +143,21 @@ def dispatcher(
     database.migrate()
     cluster = RayCluster.connect(address=settings.ray_address, namespace=settings.ray_namespace)
     _set_on_signals(stop)  # again: connecting to Ray replaced the handlers
+    owner = f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
+    observations = Observations(database)
     retry = RetryPolicy(base_s=settings.retry_base_s, cap_s=settings.retry_cap_s)
     loop = Dispatcher(
         leases=Leases(database, lease_s=settings.lease_s, retry=retry),
-        observations=Observations(database),
+        observations=observations,
         scheduler=Scheduler(database),
         cluster=cluster,
         settings=settings,
         ends_with_cluster=requeue,
-        owner=f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}",
+        owner=owner,
     )
-    with Collector(database, settings.project_root).running():
+    rules = Rules(resumable_days=settings.resumable_days, store_days=settings.store_days)
+    collector = Collector(database, settings.project_root, rules, may_collect=lambda: observations.leads(owner))
+    with collector.running():
         loop.run(stop)
     database.close()
 
@@ -211,6 +217,10 @@ def set_project(
     weight: Annotated[float | None, typer.Option(min=0.001, max=1000, help="Its share; 1 at first.")] = None,
     max_jobs: Annotated[int | None, typer.Option(min=0, help="Jobs that may run at once; 0 = any number.")] = None,
     max_devices: Annotated[int | None, typer.Option(min=0, help="Devices that they may hold; 0 = any number.")] = None,
+    max_store_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Bytes of its stores; above, those used longest ago are deleted. 0 = any number."),
+    ] = None,
     home: Home = None,
 ) -> None:
     """Set what a project is owed of the cluster and may take, and print it."""
@@ -218,9 +228,38 @@ def set_project(
 
     _, database = _open_database(home)
     steering = Steering(database)
-    found = steering.set_project(name, weight=weight, n_jobs_most=max_jobs, n_devices_most=max_devices)
+    found = steering.set_project(
+        name,
+        weight=weight,
+        n_jobs_most=max_jobs,
+        n_devices_most=max_devices,
+        n_store_bytes_most=max_store_bytes,
+    )
     database.close()
     typer.echo(found.model_dump_json())
+
+
+@db_app.command("collect", epilog="The dispatcher does this by itself. Example: `gnomon db collect --dry-run`")
+def collect(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say what would be.")] = False,
+    home: Home = None,
+) -> None:
+    """Delete from the store what nobody needs any more, now, and print it: a JSON object a line."""
+    from gnomon_service.dispatch.collecting import Collector, Removed
+    from gnomon_service.dispatch.garbage import Rules
+
+    settings, database = _open_database(home)
+    rules = Rules(resumable_days=settings.resumable_days, store_days=settings.store_days)
+    collector = Collector(database, settings.project_root, rules)
+    if dry_run:
+        found = [Removed(garbage=garbage, n_bytes=collector.count_bytes(garbage)) for garbage in collector.due()]
+    else:
+        found = collector.collect()
+    for each in found:
+        typer.echo(json.dumps(each.as_row()))
+    done = "would be deleted" if dry_run else "deleted"
+    typer.echo(f"{len(found)} things, {sum(each.n_bytes for each in found):,} bytes: {done}", err=True)
+    database.close()
 
 
 @db_app.command("upgrade")

@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     """Longest time a submit waits while the model and text that it names are read; then it is told to ask again."""
     requests_per_s: Annotated[float, Field(gt=0)] = 200.0
     """Requests that one key may send to one API process, on average; two seconds' worth of them at once."""
+    resumable_days: Annotated[float, Field(ge=0, le=36_500)] = 30.0
+    """Days for which what failed and cancelled jobs left in the store is kept for `gnomon resume`; 0 = for ever."""
+    store_days: Annotated[float, Field(ge=0, le=36_500)] = 0.0
+    """Days after their last use after which activation stores are deleted; 0 = they are kept."""
+    dictionary_grace_days: Annotated[float, Field(ge=0, le=36_500)] = 7.0
+    """Days between the deletion of a dictionary and that of its files; it can be restored until then."""
     price_gpu_hour: Annotated[float, Field(ge=0)] | None = None
     """What an hour of a GPU costs; plans then tell what jobs would cost. None = they do not."""
     price_cpu_hour: Annotated[float, Field(ge=0)] | None = None

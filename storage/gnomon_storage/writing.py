@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -268,9 +268,8 @@ def _info(store: Location, commit: SegmentCommit) -> SegmentInfo:
     )
 
 
-def remove_leftovers(store: Location, commits: list[SegmentCommit]) -> None:
-    """Delete segment folders that no commit names, left by attempts that were lost."""
-    kept = {commit.path for commit in commits}
+def remove_leftovers(store: Location, kept: Collection[str]) -> None:
+    """Delete segment folders, but for those at these paths: others were left by attempts that were lost."""
     for split in ("segments", "held_out"):
         for name in store.child(split).list():
             if name.endswith(".zarr") and f"{split}/{name}" not in kept:

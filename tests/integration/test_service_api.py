@@ -21,6 +21,8 @@ from gnomon_service import storage_root
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import cluster
 from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.collecting import Collector
+from gnomon_service.jobs.deletions import begin_dictionary_deletion
 from gnomon_service.rest.event_stream import EventStream
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
 from gnomon_service.rest.routes import health
@@ -489,6 +491,38 @@ def test_only_listed_files_are_given(service: Service, name: str) -> None:
     dictionary_id, _ = publish(service)
     answer = service.client().get(f"/v1/dictionaries/{dictionary_id}/files/{name}")
     assert answer.status_code == 404, answer.text
+
+
+def test_a_dictionary_is_deleted_shown_as_such_and_restored(service: Service) -> None:
+    dictionary_id, _ = publish(service)
+    client, path = service.client(), f"/v1/dictionaries/{dictionary_id}"
+    gone = client.delete(path)
+    assert (gone.status_code, gone.json()["state"]) == (202, "deleting")
+    assert gone.json()["deleted_why"].startswith("by test (")
+    assert client.get(f"{path}/files/cfg.json").status_code == 200
+    spec = {"kind": "evaluate", "dictionary": dictionary_id}
+    expect_problem(client.post("/v1/jobs", json={"spec": spec}), 409, "dictionary_deleted")
+    found = client.get("/v1/collection").json()
+    (upcoming,) = (each for each in found["upcoming"] if each["kind"] == "dictionary")
+    assert (upcoming["id"], upcoming["at"]) == (dictionary_id, client.get(path).json()["purge_at"])
+    assert found["removed"] == [] and service.client(service.new_key("other")).get("/v1/collection").json() == {
+        "collected_at": None, "upcoming": [], "removed": [],
+    }  # fmt: skip
+    assert client.post(f"{path}/restore").json()["state"] == "published"
+
+
+def test_of_a_dictionary_whose_files_are_gone_it_is_said(service: Service) -> None:
+    dictionary_id, _ = publish(service)
+    with service.bench.database.write() as connection:
+        begin_dictionary_deletion(connection, "default", dictionary_id, why="by ann", grace_s=0.0)
+    Collector(service.bench.database, service.settings.project_root).collect()
+    client, path = service.client(), f"/v1/dictionaries/{dictionary_id}"
+    assert client.get(path).json()["state"] == "deleted"
+    expect_problem(client.get(f"{path}/files/cfg.json"), 409, "dictionary_deleted")
+    expect_problem(client.post(f"{path}/restore"), 409, "dictionary_deleted")
+    (removed,) = client.get("/v1/collection").json()["removed"]
+    assert (removed["kind"], removed["id"], removed["why"]) == ("dictionary", dictionary_id, "by ann")
+    assert removed["n_bytes"] > 0
 
 
 def test_a_listed_file_that_is_gone_is_a_404(service: Service) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.collecting import Collector
 from gnomon_storage.location import Location
 from gnomon_workers.runtime.protocol import ClusterSnapshot, NodeSnapshot
 from tests.support.service_api import N_POSITIONS, Service, expect_problem, running_service
@@ -134,13 +135,19 @@ def test_a_sealed_store_is_used_and_a_damaged_one_refused(service: Service) -> N
     refuse(service, inline, 409, "corrupt_artifact")
 
 
+def collect(service: Service) -> None:
+    """As a dispatcher does that has nothing else to do."""
+    Collector(service.bench.database, service.settings.project_root).collect()
+
+
 def test_a_damaged_store_is_deleted_and_harvested_again(service: Service) -> None:
     store_id = seal_real(service)
     inline = service.harvest(hooks=["model.layers.0"])
     root = service.settings.home / "store/projects/default/activations" / store_id
     next(path for path in sorted(root.rglob("c/*")) if path.is_file()).unlink()
     refuse(service, service.train(activations=inline), 409, "corrupt_artifact")
-    assert service.client().delete(f"/v1/activations/{store_id}").status_code == 204
+    assert service.client().delete(f"/v1/activations/{store_id}").status_code == 202
+    collect(service)
     assert not root.exists()
     train = service.submit(service.train(activations=inline))
     assert len(train.depends_on) == 1
@@ -164,14 +171,20 @@ def test_a_store_that_is_being_deleted_holds_up_nobody_but_its_own_harvest(
         delete(self)
 
     monkeypatch.setattr(Location, "delete", slowly)
+    answer = service.client().delete(f"/v1/activations/{store_id}")
+    assert (answer.status_code, answer.json()["state"], answer.json()["deleted_why"][:8]) == (
+        202,
+        "deleting",
+        "by test ",
+    )
     with ThreadPoolExecutor(1) as pool:
-        deleting = pool.submit(service.client().delete, f"/v1/activations/{store_id}")
+        deleting = pool.submit(collect, service)
         assert begun.wait(60)
         assert service.client().get(f"/v1/activations/{store_id}").json()["state"] == "deleting"
         refuse(service, inline, 409, "store_deleting")
         service.submit(service.harvest(hooks=["model.layers.1"]))  # the database is free
         go_on.set()
-        assert deleting.result(timeout=60).status_code == 204
+        deleting.result(timeout=60)
     deleted = service.client().get(f"/v1/activations/{store_id}").json()
     assert (deleted["state"], deleted["n_rows"], deleted["n_bytes"]) == ("deleted", None, None)
     assert service.submit(inline).state == "queued"

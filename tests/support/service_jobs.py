@@ -70,9 +70,11 @@ class Bench:
 
     database: Database
     lease_s: float = 30.0
+    projects: str = "file:///store/projects"
+    """Where the bytes of all projects are."""
 
     def __post_init__(self) -> None:
-        self.queue = Queue(self.database, project_root="file:///store/projects")
+        self.queue = Queue(self.database, project_root=self.projects)
         self.leases = Leases(self.database, lease_s=self.lease_s, retry=RetryPolicy(base_s=0.0))
 
     def submit(

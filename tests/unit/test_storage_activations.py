@@ -192,7 +192,7 @@ def test_leftovers_of_lost_attempts_are_removed(tmp_path: Path) -> None:
     commits = [write_segment(location, "segments", 0, first=0, n_rows=20, attempt=2)]
     location.child("segments/part-00000.a0001.zarr/zarr.json").write_bytes(b"{}")
     location.child("held_out/part-00000.a0002.zarr/zarr.json").write_bytes(b"{}")
-    remove_leftovers(location, commits)
+    remove_leftovers(location, {commit.path for commit in commits})
     seal_store(location, commits).verify()
     assert location.child("segments").list() == ["part-00000.a0002.zarr", "part-00000.json"]
     assert location.child("held_out").list() == []

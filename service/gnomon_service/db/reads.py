@@ -44,7 +44,7 @@ MAX_PAGE = 200
 
 _LAST_S = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 """What lies behind it, as rows of earlier releases may, has no date: one such row would hide all others."""
-_TIMES = ("created_at", "started_at", "finished_at", "expires_at", "revoked_at", "seen_at")
+_TIMES = ("created_at", "started_at", "finished_at", "expires_at", "revoked_at", "seen_at", "purge_at", "collected_at")
 
 
 def with_times(row: RowMapping) -> dict[str, Any]:
@@ -196,8 +196,8 @@ def read_dictionary(connection: Connection, project: str, dictionary_id: str) ->
 def list_dictionaries(
     connection: Connection, project: str, *, cursor: str | None, limit: int
 ) -> Page[DictionaryRecord]:
-    """Dictionaries, newest first."""
-    statement = select(dictionaries).where(dictionaries.c.project == project)
+    """Dictionaries whose files are there, newest first."""
+    statement = select(dictionaries).where(dictionaries.c.project == project, dictionaries.c.state != "deleted")
     rows, next_cursor = _page(connection, statement, dictionaries, cursor=cursor, limit=limit)
     return Page[DictionaryRecord](
         items=[DictionaryRecord.read(with_times(row)) for row in rows], next_cursor=next_cursor

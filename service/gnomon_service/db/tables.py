@@ -92,9 +92,11 @@ jobs = Table(
     Column("n_events", Integer, nullable=False, default=0),
     Column("idempotency_key", String(255)),
     Column("body_hash", String(64)),
+    Column("leftovers", String(8), nullable=False, server_default="kept"),  # in the store: kept, deleting or deleted
     UniqueConstraint("project", "idempotency_key"),
     Index("ix_jobs_ready", "state", "priority", "created_at"),
     Index("ix_jobs_of_project", "project", "created_at", "id"),
+    Index("ix_jobs_of_store", "project", "store_id"),
 )
 
 job_events = Table(
@@ -146,6 +148,7 @@ activation_stores = Table(
     Column("hooks", JSON, nullable=False),
     Column("location", String, nullable=False),
     Column("spec", JSON, nullable=False),
+    Column("deleted_why", String),
 )
 
 dictionaries = Table(
@@ -165,6 +168,9 @@ dictionaries = Table(
     Column("location", String, nullable=False),
     Column("files", JSON, nullable=False),
     Column("metrics", JSON, nullable=False),
+    Column("state", String(16), nullable=False, server_default="published"),  # as gnomon.resources.DictionaryState
+    Column("deleted_why", String),
+    Column("purge_at", Float),  # from then on its files are deleted
     ForeignKeyConstraint(["project", "store_id"], ["activation_stores.project", "activation_stores.id"]),
     Index("ix_dictionaries_of_project", "project", "created_at", "id"),
 )
@@ -194,6 +200,8 @@ cluster = Table(
     Column("leader", String(128)),  # the dispatcher that decides what is started
     Column("leader_until", Float),
     Column("drained_by", String(128)),  # a key; nothing is started until somebody ends that
+    Column("collected_at", Float),  # when the leader last looked for what may be deleted
+    Column("collected", JSON(none_as_null=True)),  # what it deleted last
 )
 
 nodes = Table(
@@ -215,5 +223,6 @@ projects = Table(
     Column("weight", Float, nullable=False, server_default="1"),
     Column("n_jobs_most", Integer),
     Column("n_devices_most", Integer),
+    Column("n_store_bytes_most", BigInteger),  # above it, the stores that were not used for longest go
     Column("held_by", String(128)),  # a key; nothing of the project is started until somebody ends that
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
-from sqlalchemy import Connection, delete, or_, update
+from sqlalchemy import Connection, delete, or_, select, update
 
 from gnomon_service.db.engine import Database, database_now, upsert
 from gnomon_service.db.tables import cluster, nodes
 from gnomon_workers.runtime.protocol import ClusterSnapshot
+
+N_COLLECTED: Final = 300
+"""Of what the collector deleted, so much is remembered."""
 
 
 class Observations:
@@ -43,6 +47,22 @@ class Observations:
         values = {"leader": owner, "leader_until": database_now() + lease_s}
         with self._database.write() as connection:
             return bool(connection.execute(update(cluster).where(cluster.c.id == 1, free).values(values)).rowcount)
+
+    def leads(self, owner: str) -> bool:
+        """Whether this is the dispatcher that leads, just now."""
+        mine = (cluster.c.leader == owner) & (cluster.c.leader_until > database_now())
+        with self._database.read() as connection:
+            return connection.execute(select(cluster.c.id).where(mine)).first() is not None
+
+    def note_collection(self, removed: Sequence[Mapping[str, Any]]) -> None:
+        """Note that the collector came round, and what it deleted: rows with project, kind, id, why and n_bytes."""
+        with self._database.write() as connection:
+            upsert(connection, cluster, {"id": 1}, {"collected_at": database_now()})
+            if removed:
+                now = connection.execute(select(database_now())).scalar_one()
+                before = connection.execute(select(cluster.c.collected)).scalar() or []
+                rows = [{**row, "at": now} for row in reversed(removed)]
+                connection.execute(update(cluster).values(collected=[*rows, *before][:N_COLLECTED]))
 
     def give_up_lead(self, owner: str) -> None:
         """Let another dispatcher decide at once."""

@@ -1,49 +1,73 @@
-"""What a training that succeeded has left is deleted: its checkpoints, and what lost attempts uploaded of dictionaries.
+"""The collector: deletes what `garbage` finds, in the background of the dispatcher that leads.
 
-A job that failed or was cancelled keeps its checkpoints: it may be resumed. What is to be deleted is read off the store
-and the database each time, so a deletion that was cut off, by whatever it was, is gone on with.
+A deletion is a state first, in a transaction that looks again whether anything needs it; then the bytes go; then comes
+the next state. One that was cut off, by whatever it was, is found in its state, and gone on with.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
+from pydantic import ValidationError
 from sqlalchemy import select
 
-from gnomon.errors import GnomonError
-from gnomon_service.db.engine import Database
-from gnomon_service.db.tables import dictionaries, jobs
+from gnomon.errors import GnomonError, Unavailable
+from gnomon.specs import TrainSpec
+from gnomon_service.db.engine import Database, database_now
+from gnomon_service.db.tables import activation_stores, dictionaries, jobs
+from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.garbage import Garbage, Rules, find_garbage, has_begun
+from gnomon_service.jobs import deletions
+from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
+from gnomon_storage.writing import remove_leftovers
 from gnomon_workers.dictionaries.folder import is_published, remove_unpublished
+from gnomon_workers.runtime.protocol import dictionary_ids
 
 logger = logging.getLogger(__name__)
 
-EVERY_S: Final = 300.0
-_N_ASKED: Final = 500
-"""Jobs that the database is asked for at a time."""
-_PROJECT: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
-_JOB_ID: Final = re.compile(r"job_[0-9a-z]{1,40}")
+LOOK_S: Final = 5.0
+"""Between two looks for deletions that somebody waits for."""
+SWEEP_S: Final = 300.0
+"""Between two looks for everything that may go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """Something that was deleted."""
+
+    garbage: Garbage
+    n_bytes: int
+
+    def as_row(self) -> dict[str, Any]:
+        """For people and the database: project, kind, id, why and n_bytes."""
+        garbage = self.garbage
+        known = {"project": garbage.project, "kind": garbage.kind, "id": garbage.id, "why": garbage.why}
+        return known | {"n_bytes": self.n_bytes}
 
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """Looks through a store every few minutes; several may do so at once."""
+    """Looks for garbage now and then, and deletes it."""
 
     database: Database
     projects: str
     """URL of the folder of all projects."""
+    rules: Rules = field(default_factory=Rules)
+    may_collect: Callable[[], bool] = lambda: True
+    """Whether this is the dispatcher that leads: two would delete the same, harmlessly, and count it twice."""
     _kept: set[str] = field(default_factory=set)
-    """Jobs of which was said that they are kept."""
+    """What was said to be kept, though it is due."""
 
     @contextmanager
-    def running(self, *, every_s: float = EVERY_S) -> Iterator[None]:
+    def running(self, *, every_s: float = LOOK_S) -> Iterator[None]:
         """Collect from a thread of its own, now and then: a store may be slow, and no job should wait for that."""
         stop = threading.Event()
         thread = threading.Thread(target=self._run, args=(stop, every_s), name="collector", daemon=True)
@@ -54,21 +78,45 @@ class Collector:
             stop.set()
             thread.join(timeout=5.0)  # a deletion that takes longer is cut off, and gone on with at the next start
 
-    def collect(self) -> list[str]:
-        """Delete what is left of jobs that succeeded; returns their ids."""
-        root = Location.open(self.projects)
-        return [
-            job_id
-            for project in filter(_PROJECT.fullmatch, root.list())
-            for job_id in self._succeeded(project, ProjectLayout(root.child(project)))
-            if self._forget(job_id, ProjectLayout(root.child(project)))
-        ]
+    def due(self) -> list[Garbage]:
+        """What `collect` would delete now."""
+        with self.database.read() as connection:
+            found = find_garbage(connection, self.rules)
+            now = float(connection.execute(select(database_now())).scalar_one())  # after: some of it is due since then
+            return [each for each in found if each.due_at <= now]
+
+    def count_bytes(self, garbage: Garbage) -> int:
+        """Bytes that are there of it, counted in the store."""
+        return sum(sum(place.walk().values()) for place in self._places(garbage))
+
+    def collect(self, stop: threading.Event | None = None) -> list[Removed]:
+        """Delete everything that is due; returns what was deleted. Raises Unavailable where database or store are away.
+
+        What cannot be deleted for a reason of its own is kept, and said once.
+        """
+        removed: list[Removed] = []
+        try:
+            for garbage in self.due():
+                if stop is not None and stop.is_set():
+                    break
+                n_bytes = self._remove(garbage)
+                if n_bytes is not None and (n_bytes or garbage.kind != "leftovers"):  # most jobs leave nothing
+                    removed.append(Removed(garbage=garbage, n_bytes=n_bytes))
+                    logger.info("deleted", extra=removed[-1].as_row())
+        finally:
+            self._note(removed)
+        return removed
+
+    # ------------------------------------------------------------------------------------------ thread
 
     def _run(self, stop: threading.Event, every_s: float) -> None:
+        swept_at: float | None = None
         while True:
             try:
-                for job_id in self.collect():
-                    logger.info("checkpoints of a finished training deleted", extra={"job_id": job_id})
+                is_due = swept_at is None or time.monotonic() - swept_at >= SWEEP_S
+                if (is_due or self._has_begun()) and self.may_collect():
+                    self.collect(stop)
+                    swept_at = time.monotonic()
             except GnomonError as error:  # the store or the database is away: the next turn finds the same
                 logger.warning("nothing collected", extra={"reason": error.message})
             except Exception:  # the outermost frame of the thread: the next turn is tried all the same
@@ -76,32 +124,144 @@ class Collector:
             if stop.wait(every_s):
                 return
 
-    def _succeeded(self, project: str, layout: ProjectLayout) -> list[str]:
-        """Jobs of the project that have checkpoints, and have succeeded."""
-        left = list(filter(_JOB_ID.fullmatch, layout.all_checkpoints.list()))
-        found: list[str] = []
-        for first in range(0, len(left), _N_ASKED):
-            job_ids = left[first : first + _N_ASKED]
-            mine = (jobs.c.project == project, jobs.c.state == "succeeded", jobs.c.id.in_(job_ids))
-            with self.database.read() as connection:
-                found += connection.execute(select(jobs.c.id).where(*mine)).scalars()
-        return found
-
-    def _forget(self, job_id: str, layout: ProjectLayout) -> bool:
-        """Delete what a job left, unless a dictionary of it is not where it should be; returns whether it did."""
-        published = self._dictionaries(job_id)
-        if not published or not all(is_published(Location.open(url)) for url in published.values()):
-            if job_id not in self._kept:
-                logger.warning("a dictionary is not in its place; checkpoints are kept", extra={"job_id": job_id})
-            self._kept.add(job_id)
-            return False
-        for dictionary_id in published:
-            remove_unpublished(layout.dictionary(dictionary_id))
-        layout.checkpoints(job_id).delete()  # last: as long as they are there, the rest is looked at again
-        return True
-
-    def _dictionaries(self, job_id: str) -> dict[str, str]:
-        """Where each dictionary of a job is, by id."""
-        statement = select(dictionaries.c.id, dictionaries.c.location).where(dictionaries.c.job_id == job_id)
+    def _has_begun(self) -> bool:
         with self.database.read() as connection:
-            return {row.id: row.location for row in connection.execute(statement)}
+            return has_begun(connection)
+
+    def _note(self, removed: list[Removed]) -> None:
+        Observations(self.database).note_collection([each.as_row() for each in removed])
+
+    # ------------------------------------------------------------------------------------------ deleting
+
+    def _remove(self, garbage: Garbage) -> int | None:
+        """Delete one thing, if it is garbage still; returns its bytes, or None where it is kept."""
+        try:
+            return _REMOVERS[garbage.kind](self, garbage)
+        except Unavailable:
+            raise  # the rest would meet it too
+        except GnomonError as error:
+            self._keep(garbage, error.message)
+            return None
+
+    def _remove_store(self, garbage: Garbage) -> int | None:
+        asked = {"why": garbage.why, "found_in": garbage.found_in}
+        with self.database.write() as connection:
+            if not deletions.begin_store_deletion(connection, garbage.project, garbage.id, **asked):
+                return None
+        n_bytes = self._delete(garbage)
+        with self.database.write() as connection:
+            deletions.end_store_deletion(connection, garbage.project, garbage.id)
+        return n_bytes
+
+    def _remove_dictionary(self, garbage: Garbage) -> int | None:
+        with self.database.write() as connection:
+            if not deletions.may_purge(connection, garbage.project, garbage.id):
+                return None
+        n_bytes = self._delete(garbage)
+        with self.database.write() as connection:
+            deletions.end_dictionary_deletion(connection, garbage.id)
+        return n_bytes
+
+    def _remove_leftovers(self, garbage: Garbage) -> int | None:
+        job, published = self._job(garbage.id), self._dictionaries(garbage.id)
+        if job["kind"] == "train" and job["state"] == "succeeded":
+            missing = [url for state, url in published.values() if state == "published" and not _is_there(url)]
+            if missing or not published:
+                self._keep(garbage, "a dictionary of the job is not in its place; its checkpoints are the last copy")
+                return None
+        with self.database.write() as connection:
+            if not deletions.begin_leftovers(connection, garbage.id):
+                return None
+        n_bytes = self._delete(garbage)
+        with self.database.write() as connection:
+            deletions.end_leftovers(connection, garbage.id)
+        return n_bytes
+
+    def _delete(self, garbage: Garbage) -> int:
+        before = self.count_bytes(garbage)
+        layout = self._layout(garbage)
+        if garbage.kind != "leftovers":
+            for place in self._places(garbage):
+                place.delete()
+            return before
+        job = self._job(garbage.id)
+        if job["kind"] == "harvest":
+            if self._is_sealed(job):  # else another job makes it anew, or it is deleted as a whole
+                _remove_segments(layout.store(job["store_id"]))
+            return before - self.count_bytes(garbage)
+        published = self._dictionaries(garbage.id)
+        for dictionary_id in _trained_by(job):
+            if dictionary_id in published:
+                remove_unpublished(layout.dictionary(dictionary_id))
+            else:  # a job that came to nothing may have published one: nobody ever got to know of it
+                layout.dictionary(dictionary_id).delete()
+        layout.checkpoints(garbage.id).delete()  # last: the manifest of a checkpoint says what else there is
+        return before - self.count_bytes(garbage)
+
+    def _places(self, garbage: Garbage) -> list[Location]:
+        layout = self._layout(garbage)
+        if garbage.kind == "store":
+            return [self._store_place(garbage)]
+        if garbage.kind == "dictionary":
+            return [layout.dictionary(garbage.id)]
+        job = self._job(garbage.id)
+        if job["kind"] == "harvest":
+            return [layout.store(job["store_id"])]
+        return [*map(layout.dictionary, _trained_by(job)), layout.checkpoints(garbage.id)]
+
+    def _layout(self, garbage: Garbage) -> ProjectLayout:
+        return ProjectLayout.of(self.projects, garbage.project)
+
+    # ------------------------------------------------------------------------------------------ looking
+
+    def _keep(self, garbage: Garbage, why: str) -> None:
+        if garbage.id not in self._kept:
+            logger.warning("kept, though it is due", extra={"kind": garbage.kind, "id": garbage.id, "reason": why})
+        self._kept.add(garbage.id)
+
+    def _job(self, job_id: str) -> Mapping[Any, Any]:
+        with self.database.read() as connection:
+            return dict(connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one())
+
+    def _store_place(self, garbage: Garbage) -> Location:
+        """Where a store lies: as its row has it, which this service wrote itself."""
+        mine = (activation_stores.c.project == garbage.project) & (activation_stores.c.id == garbage.id)
+        with self.database.read() as connection:
+            return Location.open(connection.execute(select(activation_stores.c.location).where(mine)).scalar_one())
+
+    def _is_sealed(self, job: Mapping[Any, Any]) -> bool:
+        mine = (activation_stores.c.project == job["project"]) & (activation_stores.c.id == job["store_id"])
+        with self.database.read() as connection:
+            return connection.execute(select(activation_stores.c.state).where(mine)).scalar() == "sealed"
+
+    def _dictionaries(self, job_id: str) -> dict[str, tuple[str, str]]:
+        """State and place of each dictionary of a job, by id."""
+        columns = (dictionaries.c.id, dictionaries.c.state, dictionaries.c.location)
+        with self.database.read() as connection:
+            rows = connection.execute(select(*columns).where(dictionaries.c.job_id == job_id))
+            return {row.id: (row.state, row.location) for row in rows}
+
+
+_REMOVERS: Final[Mapping[str, Callable[[Collector, Garbage], int | None]]] = {
+    "leftovers": Collector._remove_leftovers,
+    "store": Collector._remove_store,
+    "dictionary": Collector._remove_dictionary,
+}
+
+
+def _is_there(url: str) -> bool:
+    return is_published(Location.open(url))
+
+
+def _trained_by(job: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Ids of all dictionaries that a training makes; of a spec that cannot be read, of the first."""
+    try:
+        n_variants = len(TrainSpec.read(job["spec"]).variant_names)
+    except ValidationError:
+        n_variants = 1
+    return dictionary_ids(job["dictionary_id"], n_variants)
+
+
+def _remove_segments(store: Location) -> None:
+    """Delete segments that a sealed store's manifest does not name."""
+    remove_leftovers(store, {segment.path for segment in ActivationStore.open(store).manifest.segments})

@@ -8,13 +8,12 @@ from typing import Any, Final
 from pydantic import ValidationError
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
-from gnomon.errors import Conflict, CorruptArtifact, NotFound
-from gnomon.resources import TERMINAL_STATES, DictionaryRecord, HarvestResult
+from gnomon.errors import Conflict, CorruptArtifact
+from gnomon.resources import DictionaryRecord, HarvestResult
 from gnomon.specs import HarvestSpec, TrainSpec
 from gnomon.specs.base import Document
 from gnomon_service.db.engine import database_now
-from gnomon_service.db.tables import activation_stores, dictionaries, jobs
-from gnomon_storage.location import Location
+from gnomon_service.db.tables import activation_stores, dictionaries
 from gnomon_workers.runtime.protocol import dictionary_ids
 
 _NAME_LENGTH: Final = 128
@@ -44,7 +43,7 @@ def begin_store(
     connection: Connection, project: str, store_id: str, job_id: str, *, spec: HarvestSpec, location: str
 ) -> None:
     """Note that a job harvests a store, for the first time or again after a failure."""
-    values = {"state": "harvesting", "job_id": job_id}
+    values = {"state": "harvesting", "job_id": job_id, "deleted_why": None}
     matched = connection.execute(
         update(activation_stores)
         .where(activation_stores.c.project == project, activation_stores.c.id == store_id)
@@ -92,6 +91,18 @@ def fail_store(connection: Connection, job: RowMapping) -> None:
     )
 
 
+def check_store_is_there(connection: Connection, job: RowMapping) -> None:
+    """Raise Conflict, code "store_deleted" or "store_deleting", where a job's store was sealed and is no more."""
+    store = lock_store(connection, job["project"], job["store_id"])
+    check_not_deleting(store)
+    if store is not None and store["state"] == "deleted":
+        raise Conflict(
+            f"activation store {job['store_id']!r}, which job {job['id']!r} needs, was deleted: "
+            f"{store['deleted_why'] or 'by a user'}. Make it again with 'gnomon clone {store['job_id']}', then resume",
+            code="store_deleted",
+        )
+
+
 def resume_store(connection: Connection, job: RowMapping) -> None:
     """Note that a job which came to nothing harvests its store again; a sealed store stays sealed.
 
@@ -113,49 +124,13 @@ def resume_store(connection: Connection, job: RowMapping) -> None:
     )
 
 
-def begin_deletion(connection: Connection, project: str, store_id: str) -> Location:
-    """Note that a store's bytes are being deleted, and return where they lie; no harvest of it begins meanwhile.
-
-    Where the deletion is cut off, the store stays in that state, and deleting it again is right. Raises NotFound, and
-    Conflict, code "store_in_use", while a job that has not ended reads or makes it.
-    """
-    store = lock_store(connection, project, store_id)
-    if store is None:
-        raise NotFound(f"no activation store {store_id!r} in this project", code="store_not_found")
-    users = select(jobs.c.id).where(
-        jobs.c.project == project, jobs.c.store_id == store_id, jobs.c.state.not_in(TERMINAL_STATES)
-    )
-    user = connection.execute(users.limit(1)).scalar()
-    if user is not None:
-        raise Conflict(
-            f"activation store {store_id!r} is in use by job {user!r}; wait for it, or cancel it",
-            code="store_in_use",
-        )
-    _set_state(connection, project, store_id, state="deleting")
-    return Location.open(store["location"])
-
-
-def end_deletion(connection: Connection, project: str, store_id: str) -> None:
-    """Note that a store's bytes are gone: the same harvest makes it anew."""
-    _set_state(connection, project, store_id, state="deleted", n_rows=None, n_held_out_rows=None, n_bytes=None)
-
-
 def check_not_deleting(store: Mapping[Any, Any] | None) -> None:
     """Raise Conflict, code "store_deleting", for a store whose bytes are on their way out."""
     if store is not None and store["state"] == "deleting":
         raise Conflict(
-            f"activation store {store['id']!r} is being deleted; try again when it is deleted, or delete it again if "
-            "that was cut off",
+            f"activation store {store['id']!r} is being deleted, which a dispatcher does; try again in a moment",
             code="store_deleting",
         )
-
-
-def _set_state(connection: Connection, project: str, store_id: str, **values: Any) -> None:
-    connection.execute(
-        update(activation_stores)
-        .where(activation_stores.c.project == project, activation_stores.c.id == store_id)
-        .values(**values)
-    )
 
 
 def result_of_sealed(store: RowMapping) -> dict[str, Any]:

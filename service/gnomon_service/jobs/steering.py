@@ -58,13 +58,23 @@ class Steering:
             upsert(connection, projects, {"name": project}, {"held_by": by})
 
     def set_project(
-        self, project: str, *, weight: float | None, n_jobs_most: int | None, n_devices_most: int | None
+        self,
+        project: str,
+        *,
+        weight: float | None,
+        n_jobs_most: int | None,
+        n_devices_most: int | None,
+        n_store_bytes_most: int | None = None,
     ) -> ProjectState:
         """Give a project a weight, or quotas, 0 for none; what is None stays as it is.
 
         Raises Conflict, "quota_below_use", where it has more by now.
         """
-        quotas = {"n_jobs_most": n_jobs_most, "n_devices_most": n_devices_most}
+        quotas = {
+            "n_jobs_most": n_jobs_most,
+            "n_devices_most": n_devices_most,
+            "n_store_bytes_most": n_store_bytes_most,
+        }
         values: dict[str, Any] = {name: n or None for name, n in quotas.items() if n is not None}
         values |= {} if weight is None else {"weight": weight}
         with self._database.write() as connection:

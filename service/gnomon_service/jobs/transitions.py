@@ -16,7 +16,14 @@ from gnomon.errors import Conflict
 from gnomon.events import TERMINAL_STATES, EventData, JobState, Logged, StateChanged, event_json
 from gnomon_service.db.engine import database_now
 from gnomon_service.db.tables import attempts, job_dependencies, job_events, jobs, legal_transitions
-from gnomon_service.jobs.artifacts import attach_metrics, fail_store, keep_dictionaries, keep_store, resume_store
+from gnomon_service.jobs.artifacts import (
+    attach_metrics,
+    check_store_is_there,
+    fail_store,
+    keep_dictionaries,
+    keep_store,
+    resume_store,
+)
 
 BY_USER = "cancelled by the user"
 
@@ -241,6 +248,8 @@ def resume(connection: Connection, row: RowMapping) -> None:
     waits_for = connection.execute(select(jobs.c.id).where(jobs.c.id.in_(needed), jobs.c.state != "succeeded")).first()
     if row["kind"] == "harvest" and waits_for is None:  # else that one makes the store, for both
         resume_store(connection, row)
+    if row["kind"] != "harvest" and waits_for is None:
+        check_store_is_there(connection, row)
     deadline_at = None
     if row["deadline_at"] is not None:
         deadline_at = database_now() + (row["deadline_at"] - row["created_at"])
@@ -257,14 +266,22 @@ def resume(connection: Connection, row: RowMapping) -> None:
         error_code=None,
         error_message=None,
         paused_by=None,
+        leftovers="kept",
     )
 
 
 def _check_resumable(row: RowMapping) -> None:
     """Raise Conflict, code "not_resumable", for a harvest that its own spec or text ended.
 
-    The same ones end it again, and other ones are another store, of which this job has committed nothing.
+    The same ones end it again, and other ones are another store, of which this job has committed nothing. And while
+    what the job left is being deleted, code "leftovers_deleting".
     """
+    if row["leftovers"] == "deleting":
+        raise Conflict(
+            f"what job {row['id']!r} left is being deleted, long after it ended; resume it in a moment: it then "
+            "begins anew",
+            code="leftovers_deleting",
+        )
     if row["kind"] == "harvest" and row["error_code"] in _ENDED_BY_ITS_SOURCE:
         raise Conflict(
             f"job {row['id']!r} would fail again as it did, with {row['error_code']!r}: {row['error_message']}; mend "

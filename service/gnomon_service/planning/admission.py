@@ -15,6 +15,7 @@ from gnomon.resources import ActivationStoreRecord
 from gnomon.specs import EvaluateSpec, HarvestSpec, JobRequest, Mesh, StoredActivations, TrainSpec
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import find_store, read_cluster, read_dictionary, read_store
+from gnomon_service.jobs.deletions import gone
 from gnomon_service.jobs.submission import Plan
 from gnomon_service.planning.costs import Room, choose
 from gnomon_service.planning.inspector import Inspector
@@ -229,5 +230,7 @@ def _check_evaluate(spec: EvaluateSpec, asked: _Asked) -> Admitted:
     with asked.database.read() as connection:
         dictionary = read_dictionary(connection, asked.project, spec.dictionary)
         store = read_store(connection, asked.project, dictionary.store_id)
+    if dictionary.state != "published":
+        raise gone(dictionary.id)
     asked.inspector.check_store(store.location)
     return Admitted(plan=Plan(spec=spec, store_id=store.id))

@@ -95,7 +95,7 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
             "keeps more",
             code="empty_corpus",
         )
-    remove_leftovers(store, commits)
+    remove_leftovers(store, {commit.path for commit in commits})
     warn_of_short_text(run.spec, commits, reporter)
     ran = _ran_on(run, progress)
     sealed = seal_store(run, commits, tally)

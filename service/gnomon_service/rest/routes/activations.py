@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from gnomon.resources import ActivationStoreRecord, Page
 from gnomon_service.db import reads
-from gnomon_service.jobs import artifacts as stores
+from gnomon_service.jobs.deletions import begin_store_deletion
 from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep, Writer
 
 router = APIRouter(prefix="/v1/activations", tags=["activations"])
@@ -28,11 +28,12 @@ def read_store(store_id: Id, principal: Reader, services: ServicesDep) -> Activa
         return reads.read_store(connection, principal.project, store_id)
 
 
-@router.delete("/{store_id}", status_code=204)
-def delete_store(store_id: Id, principal: Writer, services: ServicesDep) -> None:
-    """Delete a store's activations; the same harvest then makes them anew."""
+@router.delete("/{store_id}", status_code=202)
+def delete_store(store_id: Id, principal: Writer, services: ServicesDep) -> ActivationStoreRecord:
+    """Delete a store's activations; the same harvest then makes them anew.
+
+    A dispatcher deletes the bytes, which may take minutes; the store is "deleting" until then.
+    """
     with services.database.write() as connection:
-        location = stores.begin_deletion(connection, principal.project, store_id)
-    location.delete()  # in no transaction: it may take minutes, and SQLite has one writer
-    with services.database.write() as connection:
-        stores.end_deletion(connection, principal.project, store_id)
+        begin_store_deletion(connection, principal.project, store_id, why=f"by {principal.name}")
+        return reads.read_store(connection, principal.project, store_id)

@@ -11,7 +11,8 @@ from starlette.responses import StreamingResponse
 from gnomon.errors import NotFound
 from gnomon.resources import DictionaryRecord, Page
 from gnomon_service.db import reads
-from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep
+from gnomon_service.jobs.deletions import begin_dictionary_deletion, gone, restore_dictionary
+from gnomon_service.rest.deps import Cursor, Id, Limit, Reader, ServicesDep, Writer
 from gnomon_service.rest.problems import make_problem
 from gnomon_service.rest.ranges import Span, digest_headers, is_known, range_of, span_of
 from gnomon_storage.location import Location
@@ -19,6 +20,7 @@ from gnomon_workers.dictionaries.folder import published_digests
 
 router = APIRouter(prefix="/v1/dictionaries", tags=["dictionaries"])
 
+DAY_S = 86_400.0
 _RANGE_BYTES = 4 * 2**20
 
 
@@ -38,6 +40,25 @@ def read_dictionary(dictionary_id: Id, principal: Reader, services: ServicesDep)
         return reads.read_dictionary(connection, principal.project, dictionary_id)
 
 
+@router.delete("/{dictionary_id}", status_code=202)
+def delete_dictionary(dictionary_id: Id, principal: Writer, services: ServicesDep) -> DictionaryRecord:
+    """Delete a dictionary's files, in GNOMON_DICTIONARY_GRACE_DAYS; until then it can be had, and restored."""
+    grace_s = services.settings.dictionary_grace_days * DAY_S
+    with services.database.write() as connection:
+        begin_dictionary_deletion(
+            connection, principal.project, dictionary_id, why=f"by {principal.name}", grace_s=grace_s
+        )
+        return reads.read_dictionary(connection, principal.project, dictionary_id)
+
+
+@router.post("/{dictionary_id}/restore")
+def restore(dictionary_id: Id, principal: Writer, services: ServicesDep) -> DictionaryRecord:
+    """Undo a deletion whose files are still there."""
+    with services.database.write() as connection:
+        restore_dictionary(connection, principal.project, dictionary_id)
+        return reads.read_dictionary(connection, principal.project, dictionary_id)
+
+
 @router.get("/{dictionary_id}/files/{name:path}", response_class=StreamingResponse)
 def read_file(dictionary_id: Id, name: str, principal: Reader, services: ServicesDep, request: Request) -> Response:
     """One file of a dictionary, or with `Range: bytes=...` a part of it; only names that the dictionary lists.
@@ -46,6 +67,8 @@ def read_file(dictionary_id: Id, name: str, principal: Reader, services: Service
     """
     with services.database.read() as connection:
         dictionary = reads.read_dictionary(connection, principal.project, dictionary_id)
+    if dictionary.state == "deleted":
+        raise gone(dictionary_id)
     n_bytes = dictionary.files.get(name)
     if n_bytes is None:
         raise NotFound(
