@@ -121,6 +121,7 @@ def dispatcher(
     from gnomon_service.dispatch.cluster_state import Observations
     from gnomon_service.dispatch.collecting import Collector
     from gnomon_service.dispatch.deciding import Scheduler
+    from gnomon_service.dispatch.event_keeping import EventKeeper
     from gnomon_service.dispatch.loop import Dispatcher
     from gnomon_service.jobs.held import RetryPolicy
     from gnomon_service.jobs.leases import Leases
@@ -151,7 +152,8 @@ def dispatcher(
         ends_with_cluster=requeue,
         owner=f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}",
     )
-    with Collector(database, settings.project_root).running():
+    events = EventKeeper.of(database, settings.events_days)
+    with Collector(database, settings.project_root).running(), events.running():
         loop.run(stop)
     database.close()
 
