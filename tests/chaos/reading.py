@@ -51,7 +51,7 @@ class History:
 
     def has_gaps(self, job_id: str) -> bool:
         """Whether some of the job's events have gone."""
-        return len(self.events[job_id]) != self.jobs[job_id]["n_events"]
+        return len(self.events[job_id]) < int(self.jobs[job_id]["n_events"])
 
 
 def read_history(database: Database, sent: Sent | None = None) -> History:
