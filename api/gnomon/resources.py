@@ -315,6 +315,8 @@ class NodeState(Document):
     n_cpus: float
     n_gpus: float
     memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    """Of one of its GPUs; None where it has none, or that is not known."""
     drained_by: str | None = None
     """The key that drains it: what runs there leaves, and nothing is started."""
 

@@ -123,6 +123,7 @@ def dispatcher(
     from gnomon_service.dispatch.collecting import Collector
     from gnomon_service.dispatch.deciding import Scheduler
     from gnomon_service.dispatch.garbage import Rules
+    from gnomon_service.dispatch.event_keeping import EventKeeper
     from gnomon_service.dispatch.loop import Dispatcher
     from gnomon_service.jobs.held import RetryPolicy
     from gnomon_service.jobs.leases import Leases
@@ -157,7 +158,8 @@ def dispatcher(
     )
     rules = Rules(resumable_days=settings.resumable_days, store_days=settings.store_days)
     collector = Collector(database, settings.project_root, rules, may_collect=lambda: observations.leads(owner))
-    with collector.running():
+    events = EventKeeper.of(database, settings.events_days)
+    with collector.running(), events.running():
         loop.run(stop)
     database.close()
 

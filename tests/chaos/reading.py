@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Table, select
 
-from gnomon_service.db.engine import Database
+from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import activation_stores, attempts, dictionaries, job_dependencies, job_events, jobs
 
 Row = dict[str, Any]
@@ -42,10 +42,16 @@ class History:
     """(job, what it depends on)."""
     sent: Sent | None
     """None where nobody kept what was sent."""
+    read_at: float
+    """By the database's clock."""
 
     def changes(self, job_id: str) -> list[Row]:
         """Events of a job that changed its state."""
         return [event for event in self.events[job_id] if event["kind"] == "state"]
+
+    def has_gaps(self, job_id: str) -> bool:
+        """Whether some of the job's events have gone."""
+        return len(self.events[job_id]) < int(self.jobs[job_id]["n_events"])
 
 
 def read_history(database: Database, sent: Sent | None = None) -> History:
@@ -62,6 +68,7 @@ def read_history(database: Database, sent: Sent | None = None) -> History:
             dictionaries=_rows(connection, dictionaries),
             needs=[(row["job_id"], row["depends_on"]) for row in _rows(connection, job_dependencies)],
             sent=sent,
+            read_at=connection.execute(select(database_now())).scalar_one(),
         )
 
 

@@ -13,8 +13,8 @@ NAMESPACE = "gnomon-test"
 
 
 @contextmanager
-def local_ray(*, n_cpus: int) -> Iterator[None]:
-    """A Ray of this process with n_cpus logical cores, gone afterwards."""
+def local_ray(*, n_cpus: int, **options: Any) -> Iterator[None]:
+    """A Ray of this process with n_cpus logical cores and other options of its own, gone afterwards."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,6 +29,7 @@ def local_ray(*, n_cpus: int) -> Iterator[None]:
             log_to_driver=False,
             namespace=NAMESPACE,
             object_store_memory=100 << 20,
+            **options,
         )
     try:
         yield

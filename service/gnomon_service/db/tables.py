@@ -103,7 +103,7 @@ job_events = Table(
     "job_events",
     metadata,
     Column("job_id", ForeignKey("jobs.id"), primary_key=True),
-    Column("id", Integer, primary_key=True, autoincrement=False),  # 1, 2, 3, ... within the job
+    Column("id", Integer, primary_key=True, autoincrement=False),  # 1, 2, 3, ... within the job; some of them go
     Column("attempt", Integer, nullable=False),
     Column("kind", String(16), nullable=False),
     Column("created_at", Float, nullable=False),

@@ -1,7 +1,7 @@
 """Changes of a job's state: a statement, the event beside it, and all that follows, in one transaction.
 
 Whoever changes a job first locks its row, so that on PostgreSQL too all changes of one job come one after
-the other and the numbers of its events have no gaps.
+the other and the numbers of its events are given without gaps.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from gnomon_service.local.gpus import least_gpu_memory_bytes
 from gnomon_service.settings import Settings
+from gnomon_workers.attempts.gpu_memory import LABEL
 from gnomon_workers.runtime.ports import free_port
 
 HOST = "127.0.0.1"
@@ -83,6 +85,9 @@ class LocalRay:
             # With grpc at hand Ray serves its client protocol too, on a fixed port; without, it refuses the option.
             argv.append(f"--ray-client-server-port={free_port()}")
         argv += [f"--object-store-memory={settings.object_store_bytes}"]
+        gpu_bytes = least_gpu_memory_bytes()
+        if gpu_bytes is not None:
+            argv.append(f"--labels={LABEL}={gpu_bytes}")
         if settings.n_cpus is not None:
             argv.append(f"--num-cpus={settings.n_cpus}")
         return argv

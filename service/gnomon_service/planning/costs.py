@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
@@ -25,7 +26,7 @@ class Room:
     n_places: int
     what: Literal["GPUs", "CPUs"]
     memory_bytes_per_place: float | None = None
-    """Of the GPU, or a core's share of its node's memory; None where it is not known."""
+    """Of the GPU, or a core's share of its node's memory, on the node that has most; None where it is not known."""
     n_on_a_node: int | None = None
     """Places on the largest node; None where nodes are not known."""
 
@@ -37,7 +38,10 @@ class Room:
         nodes = cluster.nodes
         if cluster.n_gpus > 0:
             most = max((int(node.n_gpus) for node in nodes), default=None)
-            return cls(n_places=int(cluster.n_gpus), what="GPUs", n_on_a_node=most)
+            sizes = [node.gpu_memory_bytes for node in nodes if node.n_gpus > 0]
+            return cls(
+                n_places=int(cluster.n_gpus), what="GPUs", memory_bytes_per_place=_most_known(sizes), n_on_a_node=most
+            )
         shares = [node.memory_bytes / node.n_cpus for node in nodes if node.memory_bytes and node.n_cpus]
         return cls(
             n_places=int(cluster.n_cpus),
@@ -50,6 +54,12 @@ class Room:
     def device(self) -> Device:
         """What is in a place."""
         return "gpu" if self.what == "GPUs" else "cpu"
+
+
+def _most_known(sizes: Sequence[int | None]) -> int | None:
+    """The largest, where all are known: one that is not may be larger than those that are."""
+    known = [size for size in sizes if size is not None]
+    return max(known) if known and len(known) == len(sizes) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

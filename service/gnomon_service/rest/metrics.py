@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import count_jobs, dispatcher_age_s, oldest_queued_s
+from gnomon_service.rest.scheduler_metrics import add_scheduler
 
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -35,12 +36,13 @@ class Metrics:
         self._seconds.labels(method, route).observe(seconds)
 
     def render(self, database: Database, project: str) -> bytes:
-        """The metrics in Prometheus' text format; jobs are those of one project."""
+        """The metrics in Prometheus' text format; jobs are those of one project, and the cluster is everybody's."""
         registry = CollectorRegistry()
         with database.read() as connection:
             counts = count_jobs(connection, project)
             oldest_s = oldest_queued_s(connection, project)
             age_s = dispatcher_age_s(connection)
+            add_scheduler(registry, connection, project)
         jobs = Gauge("gnomon_jobs", "Jobs by kind and state.", ("kind", "state"), registry=registry)
         for (kind, state), count in counts.items():
             jobs.labels(kind, state).set(count)

@@ -11,6 +11,7 @@ from typing import Any, Final, Self, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from gnomon_workers.attempts.gpu_memory import gpu_memory_bytes
 from gnomon_workers.attempts.supervisor import Supervisor
 from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, NodeSnapshot, Poll
 
@@ -159,4 +160,5 @@ def _node(node: Mapping[str, Any]) -> NodeSnapshot:
         n_cpus=float(resources.get("CPU", 0)),
         n_gpus=float(resources.get("GPU", 0)),
         memory_bytes=None if memory is None else int(memory),
+        gpu_memory_bytes=gpu_memory_bytes(node),
     )

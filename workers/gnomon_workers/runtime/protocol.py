@@ -97,6 +97,8 @@ class NodeSnapshot:
     n_cpus: float
     n_gpus: float
     memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    """Of one of its GPUs; None where it has none, or that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
