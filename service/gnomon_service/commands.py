@@ -122,8 +122,8 @@ def dispatcher(
     from gnomon_service.dispatch.cluster_state import Observations
     from gnomon_service.dispatch.collecting import Collector
     from gnomon_service.dispatch.deciding import Scheduler
-    from gnomon_service.dispatch.garbage import Rules
     from gnomon_service.dispatch.event_keeping import EventKeeper
+    from gnomon_service.dispatch.garbage import Rules
     from gnomon_service.dispatch.loop import Dispatcher
     from gnomon_service.jobs.held import RetryPolicy
     from gnomon_service.jobs.leases import Leases

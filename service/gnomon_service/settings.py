@@ -78,8 +78,8 @@ class Settings(BaseSettings):
     """Days after their last use after which activation stores are deleted; 0 = they are kept."""
     dictionary_grace_days: Annotated[float, Field(ge=0, le=36_500)] = 7.0
     """Days between the deletion of a dictionary and that of its files; it can be restored until then."""
-    events_days: Annotated[float, Field(gt=0, le=36_500)] | None = 90.0
-    """Days for which events of a job that has ended are kept, beside its states; None (or "none") = for ever."""
+    events_days: Annotated[float, Field(ge=0, le=36_500)] = 90.0
+    """Days for which events of a job that has ended are kept, beside its states; 0 = for ever."""
     price_gpu_hour: Annotated[float, Field(ge=0)] | None = None
     """What an hour of a GPU costs; plans then tell what jobs would cost. None = they do not."""
     price_cpu_hour: Annotated[float, Field(ge=0)] | None = None
@@ -97,11 +97,6 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return json.loads(value)
         return tuple(part.strip() for part in value.split(",") if part.strip())
-
-    @field_validator("events_days", mode="before")
-    @classmethod
-    def _read_none(cls, value: Any) -> Any:
-        return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
     @field_validator("database_url")
     @classmethod

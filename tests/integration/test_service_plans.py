@@ -158,6 +158,22 @@ def test_what_can_never_fit_is_neither_planned_nor_queued(service: Service, monk
     assert plan(service, service.train(d_sae=48)).mesh is not None
 
 
+def test_what_fits_no_gpu_that_was_seen_is_neither_planned_nor_queued(service: Service) -> None:
+    def see_gpus(n_bytes: int | None) -> None:
+        node = NodeSnapshot(id="n", name="n", n_cpus=4, n_gpus=1, gpu_memory_bytes=n_bytes)
+        Observations(service.bench.database).note(ClusterSnapshot(nodes=(node,)))
+
+    see_gpus(2**20)
+    assert service.client().get("/v1/cluster").json()["nodes"][0]["gpu_memory_bytes"] == 2**20
+    for path in ("/v1/plans", "/v1/jobs"):
+        answer = service.client().post(path, json={"spec": service.train(**LARGE)})
+        assert expect_problem(answer, 422, "does_not_fit")["memory_bytes"] == 2**20
+    see_gpus(80 * 2**30)
+    assert [each.fits for each in plan(service, service.train(**LARGE)).meshes] == [True]
+    see_gpus(None)
+    assert [each.fits for each in plan(service, service.train(**LARGE)).meshes] == [None]
+
+
 def test_reading_is_enough_for_a_plan_and_not_for_a_submit(service: Service) -> None:
     client = service.client(service.new_key(scopes=("read",)))
     assert client.post("/v1/plans", json={"spec": service.train()}).status_code == 200

@@ -37,18 +37,18 @@ def ray_node(label: str | None = None, *types: str, n_gpus: float = 1.0) -> dict
     [
         (ray_node(str(80 * GIB), "H100"), 80 * GIB),
         (ray_node(str(10 * GIB), "L4"), 10 * GIB),
-        (ray_node(None, "L4"), 24 * GIB),
-        (ray_node(None, "H200"), 141 * GIB),
+        (ray_node(None, "L4"), 22 * GIB),
+        (ray_node(None, "H200"), 139 * GIB),
         (ray_node(None, "H100"), None),
         (ray_node(None, "A100"), None),
         (ray_node(None, "L4", "A100"), None),
-        (ray_node(None, "L4", "T4"), 16 * GIB),
+        (ray_node(None, "L4", "T4"), 14 * GIB),
         (ray_node(), None),
         (ray_node("80 GiB", "H100"), None),
         (ray_node("0"), None),
         (ray_node("9" * 30), None),
         (ray_node(str(80 * GIB), "L4", n_gpus=0), None),
-        ({"Resources": {"GPU": 1.0, "accelerator_type:T4": 1.0}}, 16 * GIB),
+        ({"Resources": {"GPU": 1.0, "accelerator_type:T4": 1.0}}, 14 * GIB),
     ],
 )
 def test_a_node_says_by_label_or_type_what_its_gpus_have(node: dict[str, Any], n_bytes: int | None) -> None:

@@ -33,13 +33,6 @@ def test_input_roots_come_as_a_list_of_either_kind(text: str, monkeypatch: pytes
     assert load_settings().input_roots == ("/a", "s3://b/c")
 
 
-@pytest.mark.parametrize(("text", "days"), [("none", None), ("0.5", 0.5)])
-def test_events_are_kept_for_days_or_for_ever(text: str, days: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings().events_days == 90
-    monkeypatch.setenv("GNOMON_EVENTS_DAYS", text)
-    assert load_settings().events_days == days
-
-
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [

@@ -212,6 +212,7 @@ nodes = Table(
     Column("n_cpus", Float, nullable=False),
     Column("n_gpus", Float, nullable=False),
     Column("memory_bytes", BigInteger),
+    Column("gpu_memory_bytes", BigInteger),  # of one of its GPUs
     Column("seen_at", Float, nullable=False),  # older than the cluster's own: it is gone
     Column("drained_by", String(128)),
 )

@@ -80,6 +80,7 @@ def _note_nodes(connection: Connection, snapshot: ClusterSnapshot) -> None:
             "n_cpus": node.n_cpus,
             "n_gpus": node.n_gpus,
             "memory_bytes": node.memory_bytes,
+            "gpu_memory_bytes": node.gpu_memory_bytes,
             "seen_at": database_now(),
         }
         upsert(connection, nodes, {"id": node.id}, values)

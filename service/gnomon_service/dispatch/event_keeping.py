@@ -55,9 +55,9 @@ class EventKeeper:
     """Jobs of which nothing more goes, by id: as long as they ended then, and until they are forgotten."""
 
     @classmethod
-    def of(cls, database: Database, days: float | None) -> Self:
-        """One that forgets the events of a job so many days after it ended; None = never."""
-        return cls(database, Bounds(forget_after_s=None if days is None else days * DAY_S))
+    def of(cls, database: Database, days: float) -> Self:
+        """One that forgets the events of a job so many days after it ended; 0 = never."""
+        return cls(database, Bounds(forget_after_s=days * DAY_S if days > 0 else None))
 
     @contextmanager
     def running(self, *, every_s: float = EVERY_S) -> Iterator[None]:

@@ -1,16 +1,18 @@
-"""The rule of a database that lets events go, but for states; for tests, as long as no step of the schema brings it."""
+"""Events but states may go; the memory of nodes' GPUs."""
 
 from __future__ import annotations
 
-from typing import Final
+import sqlalchemy as sa
+from alembic import op
 
-from sqlalchemy import text
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
 
-from gnomon_service.db.engine import Database
-
-_STATEMENTS: Final = {
+STATEMENTS = {
     "sqlite": (
-        "DROP TRIGGER IF EXISTS job_events_remain",
+        "DROP TRIGGER job_events_remain",
         """
         CREATE TRIGGER job_events_remain BEFORE DELETE ON job_events WHEN OLD.kind = 'state'
         BEGIN SELECT RAISE(ABORT, 'states are kept'); END
@@ -29,8 +31,8 @@ _STATEMENTS: Final = {
 }
 
 
-def let_events_go(database: Database) -> None:
-    """Give a database that rule."""
-    with database.write() as connection:
-        for statement in _STATEMENTS[database.dialect]:
-            connection.execute(text(statement))
+def upgrade() -> None:
+    """Change the rule, and add the column."""
+    for statement in STATEMENTS[op.get_bind().dialect.name]:
+        op.execute(statement)
+    op.add_column("nodes", sa.Column("gpu_memory_bytes", sa.BigInteger))
