@@ -129,7 +129,7 @@ def submit_one(bench: Bench, diary: Diary, key: str, n_stores: int) -> bool:
 
 def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, pause_s: float) -> None:
     """Send requests one after the other, each until it is answered; sometimes first the one that a former life left."""
-    stop = _stop_on_sigterm(is_ready)
+    stop = stop_on_sigterm(is_ready)
     diary = Diary(diary_path)
     bench = Bench(Database(url, busy_timeout_s=LIMIT_S))
     left = diary.unanswered()[-1:] if random.random() < 0.5 else []
@@ -146,7 +146,7 @@ def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, 
 
 def dispatch(is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float) -> None:
     """Run a dispatcher until SIGTERM; what it logs is in a file of its owner's name."""
-    stop = _stop_on_sigterm(is_ready)
+    stop = stop_on_sigterm(is_ready)
     logging.basicConfig(filename=home / f"{owner}.log", level=logging.INFO)
     database = Database(url, busy_timeout_s=LIMIT_S)
     settings = Settings(
@@ -168,7 +168,8 @@ def pause_at_random(most_s: float) -> None:
     time.sleep(random.uniform(0.0, most_s))
 
 
-def _stop_on_sigterm(is_ready: Event) -> threading.Event:
+def stop_on_sigterm(is_ready: Event) -> threading.Event:
+    """What is set when this process is to end; from now on it may be told to."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test, which ends its children
