@@ -144,13 +144,15 @@ def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, 
 # ---------------------------------------------------------------------------------------------- dispatchers
 
 
-def dispatch(is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float) -> None:
+def dispatch(
+    is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float, poll_s: float = 0.02
+) -> None:
     """Run a dispatcher until SIGTERM; what it logs is in a file of its owner's name."""
     stop = stop_on_sigterm(is_ready)
     logging.basicConfig(filename=home / f"{owner}.log", level=logging.INFO)
     database = Database(url, busy_timeout_s=LIMIT_S)
     settings = Settings(
-        home=home, storage_root="file:///store", poll_s=0.02, lease_s=lease_s, beat_s=lease_s / 4, cancel_grace_s=2.0
+        home=home, storage_root="file:///store", poll_s=poll_s, lease_s=lease_s, beat_s=lease_s / 4, cancel_grace_s=2.0
     )
     Dispatcher(
         leases=Leases(database, lease_s=lease_s, retry=RetryPolicy(base_s=0.05, cap_s=0.1)),
