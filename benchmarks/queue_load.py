@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ class Place:
     processes: dict[str, psutil.Process]
     memory: dict[str, list[float]] = field(default_factory=dict)
     n_submits: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
+    """To slow submits."""
 
     def client(self) -> httpx2.Client:
         """One connection."""
@@ -267,7 +270,8 @@ def slow_submits(place: Place) -> list[float]:
 
     def send(number: int) -> None:
         with place.client() as client:
-            client.post("/v1/jobs", json={"spec": place.spec(f"slow-{number}")})
+            answer = client.post("/v1/jobs", json={"spec": place.spec(f"slow-{number}")})
+            place.answers[str(answer.json().get("code", answer.status_code))] += 1
 
     threads = [threading.Thread(target=send, args=(number,)) for number in range(N_SLOW)]
     for thread in threads:
@@ -296,7 +300,7 @@ def report(place: Place, before: dict[str, list[float]], loaded: dict[str, list[
     is_met &= health[-1] < MOST_HEALTH_MS
     print(
         f"/healthz during {N_SLOW} slow submits, {len(health)} times: median {statistics.median(health):.1f} ms, "
-        f"p99 {slow_ms:.1f} ms, longest {health[-1]:.1f} ms"
+        f"p99 {slow_ms:.1f} ms, longest {health[-1]:.1f} ms; answers {dict(place.answers)}"
     )
     for name, mib in place.memory.items():
         is_met &= mib[-1] <= MOST_GROWTH * mib[min(1, len(mib) - 1)]
