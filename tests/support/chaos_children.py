@@ -165,6 +165,21 @@ def dispatch(
     database.close()
 
 
+# ---------------------------------------------------------------------------------------------- clocks
+
+
+def in_other_times(is_ready: Event, off_h: tuple[float, ...], target: Callable[..., None], *args: Any) -> None:
+    """Run a child whose clock is hours off, and jumps from one of these to the next every half second."""
+    true_time = time.time
+
+    def wrong_time() -> float:
+        return true_time() + 3600.0 * off_h[int(time.monotonic() / 0.5) % len(off_h)]
+
+    time.time = wrong_time
+    assert abs(time.time() - true_time()) > 1.0
+    target(is_ready, *args)
+
+
 def pause_at_random(most_s: float) -> None:
     """Let any time pass, so that what comes next comes at any moment."""
     time.sleep(random.uniform(0.0, most_s))
