@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,6 +35,7 @@ import psutil
 from sqlalchemy import insert, select
 from tests.support.chaos_children import Child, dispatch, stop_on_sigterm
 from tests.support.databases import fresh_database
+from tests.support.models import make_lists_of_layers
 from tests.support.service_api import write_inputs
 from tests.support.service_jobs import Bench, store_id
 from tests.support.working_cluster import Habits, WorkingCluster, serving_cluster
@@ -124,7 +123,8 @@ def main() -> int:
 def service(home: Path, dialect: str) -> Iterator[Place]:
     """An API and a dispatcher, each a process of its own."""
     write_inputs(home / "inputs")
-    write_slow_models(home / "inputs")
+    for number in range(N_SLOW):
+        make_lists_of_layers(home / "inputs" / f"slow-{number}", number)
     with fresh_database(dialect, home) as url, serving_cluster(WorkingCluster(HABITS)) as port:
         database, api_port = Database(url), free_port("127.0.0.1")
         database.migrate()
@@ -156,22 +156,6 @@ def service(home: Path, dialect: str) -> Iterator[Place]:
             api.wait()
             dispatcher.kill()
             database.close()
-
-
-def write_slow_models(folder: Path) -> None:
-    """Checkpoints that list 8,000 modules with layers: each takes seconds to look at."""
-    names = {
-        f"m{i}.layers.{j}.w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        for i in range(8_000)
-        for j in (0, 1)
-    }
-    header = json.dumps(names).encode()
-    for number in range(N_SLOW):
-        model = folder / f"slow-{number}"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
-        (model / "tokenizer.json").write_text(json.dumps({"number": number}))
-        (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def wait_for(place: Place) -> None:
