@@ -273,7 +273,7 @@ def slow_submits(place: Place) -> list[float]:
 
 def report(place: Place, before: dict[str, list[float]], loaded: dict[str, list[float]], health: list[float]) -> int:
     """Print the table; 1 where a goal was missed."""
-    is_met = True
+    is_met = health[-1] < MOST_HEALTH_MS
     print("ms          empty: median    p95    loaded: median    p95    p95 over p95")
     for name, numbers in before.items():
         row = [statistics.median(numbers), p95(numbers), statistics.median(loaded[name]), p95(loaded[name])]
@@ -281,7 +281,6 @@ def report(place: Place, before: dict[str, list[float]], loaded: dict[str, list[
         is_met &= ratio <= MOST_RATIO
         print(f"{name:<10} {row[0]:>14.1f} {row[1]:>6.1f} {row[2]:>17.1f} {row[3]:>6.1f} {ratio:>15.2f}")
     slow_ms = health[int(0.99 * len(health))]
-    is_met &= health[-1] < MOST_HEALTH_MS
     print(
         f"/healthz during {N_SLOW} slow submits, {len(health)} times: median {statistics.median(health):.1f} ms, "
         f"p99 {slow_ms:.1f} ms, longest {health[-1]:.1f} ms; answers {dict(place.answers)}"
