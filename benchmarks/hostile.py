@@ -12,7 +12,6 @@ request was answered; ends with 1 where health took more than 50 ms (99th percen
 from __future__ import annotations
 
 import json
-import struct
 import sys
 import tempfile
 import threading
@@ -28,7 +27,7 @@ import httpx2
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tests.support.models import make_glassllm
+from tests.support.models import make_glassllm, make_lists_of_layers
 from tests.support.proxy import Proxy
 from tests.support.seaweed import environment, new_place, s3_server
 
@@ -69,17 +68,7 @@ def make_inputs(folder: Path) -> dict[str, bytes]:
         for _ in range(1500):
             file.write(b"all work and no play " * 50_000)
     (folder / "a.jsonl").write_text('{"text": "hello"}\n' * 100)
-    lists = folder / "lists"
-    lists.mkdir()
-    (lists / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
-    (lists / "tokenizer.json").write_text("{}")
-    names = {
-        f"m{i}.layers.{j}.w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        for i in range(8_000)
-        for j in (0, 1)
-    }
-    header = json.dumps(names).encode()
-    (lists / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    make_lists_of_layers(folder / "lists")
     text = {"url": str(folder / "a.jsonl")}
 
     def body(model: str = "model", url: str | None = None) -> bytes:

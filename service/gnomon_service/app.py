@@ -16,6 +16,7 @@ from gnomon_service.rest.body_limits import BodyLimits
 from gnomon_service.rest.deps import Services
 from gnomon_service.rest.key_gate import KeyGate
 from gnomon_service.rest.metrics import Metrics, RequestMetrics
+from gnomon_service.rest.news import News
 from gnomon_service.rest.problems import add_problem_handlers
 from gnomon_service.rest.rate_limits import RateLimits
 from gnomon_service.rest.routes import (
@@ -40,18 +41,21 @@ def make_app(settings: Settings) -> FastAPI:
     database = Database(settings.database_url)
     database.migrate()
     make_storage_root(settings)
+    known_keys = Keys(database)
     services = Services(
         settings=settings,
         database=database,
         queue=Queue(database, project_root=settings.project_root),
         steering=Steering(database),
-        keys=Keys(database),
+        keys=known_keys,
         inspector=Inspector(answer_s=settings.reading_s),
+        news=News(database, known_keys, poll_s=settings.poll_s),
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        services.news.close()
         services.inspector.close()
         database.close()
 

@@ -16,7 +16,8 @@ from tests.support.databases import DIALECTS, fresh_database
 __all__ = ["database"]
 
 # They watch processes against the clock: beside others they take minutes, and only `make chaos` has those.
-collect_ignore = [] if IS_CHAOS else ["test_kills.py", "test_outages.py", "test_pauses.py"]
+_FOR_CHAOS = ["test_clocks.py", "test_full_disk.py", "test_kills.py", "test_outages.py", "test_pauses.py"]
+collect_ignore = [] if IS_CHAOS else _FOR_CHAOS
 
 
 @pytest.fixture(params=DIALECTS)

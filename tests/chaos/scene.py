@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import job_events, jobs
 from tests.chaos.history import check, check_reports
 from tests.chaos.reading import HELD, History, read_history
-from tests.support.chaos_children import Child, Diary, dispatch, submit_for_ever, submit_one
+from tests.support.chaos_children import Child, Diary, dispatch, in_other_times, submit_for_ever, submit_one
 from tests.support.service_jobs import Bench
 from tests.support.waiting import LIMIT_S, wait_until
 from tests.support.working_cluster import DIED, Habits, WorkingCluster, serving_cluster
@@ -44,15 +44,15 @@ class Scene:
     children: list[Child] = field(default_factory=list)
     n_dispatchers: int = 0
 
-    def new_dispatcher(self, lease_s: float = LEASE_S) -> Child:
-        """Begin a dispatcher under an owner of its own."""
+    def new_dispatcher(self, lease_s: float = LEASE_S, *, off_h: tuple[float, ...] = ()) -> Child:
+        """Begin a dispatcher under an owner of its own; off_h: by how many hours its clock is off, in turn."""
         self.n_dispatchers += 1
         owner = f"dispatcher-{self.n_dispatchers}"
-        return self._begin(Child.begin(owner, dispatch, self.their_url, self.port, self.home, owner, lease_s))
+        return self._begin(owner, off_h, dispatch, self.their_url, self.port, self.home, owner, lease_s)
 
-    def new_client(self, pause_s: float = 0.01) -> Child:
+    def new_client(self, pause_s: float = 0.01, *, off_h: tuple[float, ...] = ()) -> Child:
         """Begin a client that goes on where the last one was cut off."""
-        return self._begin(Child.begin("client", submit_for_ever, self.their_url, self.diary.path, N_STORES, pause_s))
+        return self._begin("client", off_h, submit_for_ever, self.their_url, self.diary.path, N_STORES, pause_s)
 
     def submit(self, n_jobs: int) -> None:
         """Send so many requests, which must be answered."""
@@ -97,8 +97,11 @@ class Scene:
         """How often a dispatcher found that a job was no longer its own."""
         return sum(path.read_text().count("lease lost") for path in self.home.glob("dispatcher-*.log"))
 
-    def drain(self) -> History:
-        """Let a dispatcher finish all that there is, then check everything that can be seen."""
+    def drain(self, *, may_lose: Set[str] = frozenset({DIED})) -> History:
+        """Let a dispatcher finish all that there is, then check everything that can be seen.
+
+        may_lose: why attempts may have been lost.
+        """
         dispatcher = self.new_dispatcher()
         while n_open := self.n_in("queued", *HELD):
             wait_until(lambda n=n_open: self.n_in("queued", *HELD) < n, f"the end of one of {n_open} jobs")  # type: ignore[misc]
@@ -109,10 +112,11 @@ class Scene:
         check_reports(history)
         assert self.cluster.attempts == {}, "something was left running"
         lost = {row["message"] for tries in history.attempts.values() for row in tries if row["state"] == "lost"}
-        assert lost <= {DIED}, f"a fault of the service's cost jobs an attempt: {lost}"
+        assert lost <= may_lose, f"a fault of the service's cost jobs an attempt: {lost}"
         return history
 
-    def _begin(self, child: Child) -> Child:
+    def _begin(self, name: str, off_h: tuple[float, ...], target: Callable[..., None], *args: object) -> Child:
+        child = Child.begin(name, in_other_times, off_h, target, *args) if off_h else Child.begin(name, target, *args)
         self.children.append(child)
         return child
 

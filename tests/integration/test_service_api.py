@@ -8,7 +8,6 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from gnomon_service.dispatch.collecting import Collector
 from gnomon_service.jobs.deletions import begin_dictionary_deletion
 from gnomon_service.rest.event_stream import EventStream
 from gnomon_service.rest.key_gate import PUBLIC_PATHS
+from gnomon_service.rest.news import News
 from gnomon_service.rest.routes import health
 from gnomon_service.tenancy.keys import Keys
 from gnomon_storage.location import Location
@@ -113,9 +113,8 @@ def test_the_stream_of_a_revoked_key_ends(service: Service) -> None:
     job = service.submit(service.harvest())
     made = service.client().post("/v1/keys", json={"name": "laptop", "scopes": ["read"]}).json()
     keys, ended = Keys(service.bench.database), threading.Event()
-    principal = keys.authenticate(made["key"])
-    is_allowed = partial(keys.is_valid, principal.key_id)
-    stream = EventStream(service.bench.database, "default", job.id, after=0, poll_s=0.01, is_allowed=is_allowed)
+    principal, news = keys.authenticate(made["key"]), News(service.bench.database, keys, poll_s=0.01)
+    stream = EventStream(service.bench.database, keys, news, principal, job.id, after=0)
 
     async def read() -> list[str]:
         return [part async for part in stream._messages(stream._read())]

@@ -56,7 +56,7 @@ def finish(service: Service, spec: dict[str, Any], **run: Any) -> None:
         "run": {"mesh": {"dp": 1, "features": 1}, "device": "cpu", "d_in": 16, **run},
     }
     with service.bench.database.write() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == job.id).values(state="scheduled"))
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(state="scheduled", places=["n"]))
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(state="running"))
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(state="succeeded", result=result))
 

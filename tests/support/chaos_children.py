@@ -129,7 +129,7 @@ def submit_one(bench: Bench, diary: Diary, key: str, n_stores: int) -> bool:
 
 def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, pause_s: float) -> None:
     """Send requests one after the other, each until it is answered; sometimes first the one that a former life left."""
-    stop = _stop_on_sigterm(is_ready)
+    stop = stop_on_sigterm(is_ready)
     diary = Diary(diary_path)
     bench = Bench(Database(url, busy_timeout_s=LIMIT_S))
     left = diary.unanswered()[-1:] if random.random() < 0.5 else []
@@ -144,13 +144,15 @@ def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, 
 # ---------------------------------------------------------------------------------------------- dispatchers
 
 
-def dispatch(is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float) -> None:
+def dispatch(
+    is_ready: Event, url: str, cluster_port: int, home: Path, owner: str, lease_s: float, poll_s: float = 0.02
+) -> None:
     """Run a dispatcher until SIGTERM; what it logs is in a file of its owner's name."""
-    stop = _stop_on_sigterm(is_ready)
+    stop = stop_on_sigterm(is_ready)
     logging.basicConfig(filename=home / f"{owner}.log", level=logging.INFO)
     database = Database(url, busy_timeout_s=LIMIT_S)
     settings = Settings(
-        home=home, storage_root="file:///store", poll_s=0.02, lease_s=lease_s, beat_s=lease_s / 4, cancel_grace_s=2.0
+        home=home, storage_root="file:///store", poll_s=poll_s, lease_s=lease_s, beat_s=lease_s / 4, cancel_grace_s=2.0
     )
     Dispatcher(
         leases=Leases(database, lease_s=lease_s, retry=RetryPolicy(base_s=0.05, cap_s=0.1)),
@@ -163,12 +165,28 @@ def dispatch(is_ready: Event, url: str, cluster_port: int, home: Path, owner: st
     database.close()
 
 
+# ---------------------------------------------------------------------------------------------- clocks
+
+
+def in_other_times(is_ready: Event, off_h: tuple[float, ...], target: Callable[..., None], *args: Any) -> None:
+    """Run a child whose clock is hours off, and jumps from one of these to the next every half second."""
+    true_time = time.time
+
+    def wrong_time() -> float:
+        return true_time() + 3600.0 * off_h[int(time.monotonic() / 0.5) % len(off_h)]
+
+    time.time = wrong_time
+    assert abs(time.time() - true_time()) > 1.0
+    target(is_ready, *args)
+
+
 def pause_at_random(most_s: float) -> None:
     """Let any time pass, so that what comes next comes at any moment."""
     time.sleep(random.uniform(0.0, most_s))
 
 
-def _stop_on_sigterm(is_ready: Event) -> threading.Event:
+def stop_on_sigterm(is_ready: Event) -> threading.Event:
+    """What is set when this process is to end; from now on it may be told to."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test, which ends its children

@@ -6,6 +6,7 @@ glassllm has its own forward pass in NumPy and its own tokenizer in Python: seco
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -122,3 +123,13 @@ def _make_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = Split(Regex(r"\n|▁*[^▁\n]+|▁+"), behavior="isolated")
     tokenizer.add_special_tokens(list(_SPECIAL.values()))
     return tokenizer
+
+
+def make_lists_of_layers(folder: Path, number: int = 0) -> None:
+    """A checkpoint that lists 8,000 modules with layers, and takes seconds to look at; number: unlike any other."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    (folder / "tokenizer.json").write_text(json.dumps({"number": number}))
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"m{i}.layers.{j}.w": empty for i in range(8_000) for j in (0, 1)}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)

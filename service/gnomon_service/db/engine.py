@@ -5,10 +5,9 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Float, Table, create_engine, event, text
+from sqlalchemy import Connection, Engine, Float, Table, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -20,7 +19,6 @@ from gnomon.errors import GnomonError, Unavailable
 
 _CURSORS = "gnomon_cursors"
 """Where a connection keeps the cursors of a transaction."""
-_MIGRATION_LOCK = 7_600_001
 _STATEMENT_TIMEOUT_MS = 60_000
 """Of PostgreSQL, but for migrations."""
 _STANDSTILL_S = 10.0
@@ -77,18 +75,14 @@ class Database:
             yield connection.execution_options(gnomon_read_only=True)
 
     def migrate(self) -> None:
-        """Bring the schema up to date; processes that start together wait for each other."""
-        from alembic import command
-        from alembic.config import Config
+        """Bring the schema up to date; processes that start together wait for each other.
 
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-        with self.write() as connection:
-            if self.dialect == "postgresql":
-                connection.execute(text("SET LOCAL statement_timeout = 0"))  # a large table takes what it takes
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        Raises Conflict, code "database_newer", if a later release made the schema; Unavailable, code "database_in_use",
+        if another process holds the database all the while.
+        """
+        from gnomon_service.db.upgrading import upgrade  # what brings alembic, which nothing else needs
+
+        upgrade(self)
 
     def close(self) -> None:
         """Close every connection."""

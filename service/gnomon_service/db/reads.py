@@ -7,7 +7,7 @@ import binascii
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -116,6 +116,12 @@ def list_events(
     events = [Event.read(with_times(row)) for row in rows.mappings()]
     last = events[-1].id if events else after
     return events, job.finished_at is not None and last >= job.n_events
+
+
+def read_ends(connection: Connection, job_ids: Collection[str]) -> dict[str, tuple[int, bool]]:
+    """How many events each job has, of any project, and whether it has ended; one that is not there is left out."""
+    statement = select(jobs.c.id, jobs.c.n_events, jobs.c.finished_at).where(jobs.c.id.in_(job_ids))
+    return {row.id: (row.n_events, row.finished_at is not None) for row in connection.execute(statement)}
 
 
 def _as_jobs(connection: Connection, rows: Sequence[RowMapping]) -> list[Job]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Connection, ScalarSelect, and_, exists, func, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, not_, or_, select, tuple_
 
 from gnomon.resources import JobKind
 from gnomon_service.db.engine import database_now
@@ -42,6 +42,7 @@ class Waiting:
 
 def read_waiting(connection: Connection) -> list[Waiting]:
     """Every queued job of a kind that this release knows; a newer one's are left to its dispatcher."""
+    unmet = _unmet().subquery()
     statement = (
         select(
             jobs.c.id,
@@ -51,7 +52,7 @@ def read_waiting(connection: Connection) -> list[Waiting]:
             jobs.c.priority,
             (database_now() - jobs.c.created_at).label("waited_s"),
             (jobs.c.not_before - database_now()).label("retry_in_s"),
-            _first_needed().label("waits_for"),
+            unmet.c.waits_for,
             _is_unreleased().label("is_clearing"),
             jobs.c.paused_by,
             projects.c.held_by,
@@ -59,7 +60,9 @@ def read_waiting(connection: Connection) -> list[Waiting]:
             jobs.c.expected_s,
             jobs.c.waits_in_queue.label("told"),
         )
-        .select_from(jobs.outerjoin(projects, projects.c.name == jobs.c.project))
+        .select_from(
+            jobs.outerjoin(projects, projects.c.name == jobs.c.project).outerjoin(unmet, unmet.c.job_id == jobs.c.id)
+        )
         .where(jobs.c.state == "queued", jobs.c.kind.in_(get_args(JobKind)))
         .order_by(jobs.c.created_at, jobs.c.id)
     )
@@ -78,39 +81,47 @@ def is_ready() -> ColumnElement[bool]:
         jobs.c.not_before <= database_now(),
         jobs.c.paused_by.is_(None),
         held.is_(None),
-        _first_needed().is_(None),
+        not_(_needs_any()),
         not_(_is_unreleased()),
     )
 
 
-def _first_needed() -> ScalarSelect[Any]:
+def _unmet() -> Select[Any]:
+    """Of each job that waits for others, the first of them: asked once for all jobs."""
     needed = jobs.alias()
     return (
-        select(func.min(needed.c.id))
+        select(job_dependencies.c.job_id, func.min(needed.c.id).label("waits_for"))
         .select_from(job_dependencies.join(needed, job_dependencies.c.depends_on == needed.c.id))
-        .where(job_dependencies.c.job_id == jobs.c.id, needed.c.state != "succeeded")
-        .correlate(jobs)
-        .scalar_subquery()
+        .where(needed.c.state != "succeeded")
+        .group_by(job_dependencies.c.job_id)
+    )
+
+
+def _needs_any() -> ColumnElement[bool]:
+    """Whether one job waits for another."""
+    needed = jobs.alias()
+    return exists().where(
+        job_dependencies.c.job_id == jobs.c.id,
+        job_dependencies.c.depends_on == needed.c.id,
+        needed.c.state != "succeeded",
     )
 
 
 def _is_unreleased() -> ColumnElement[bool]:
     """Whether anything is left of the last attempt, or of another harvest of the store.
 
-    They would want the same devices and write the same paths.
+    They would want the same devices and write the same paths. Neither query looks at the job: both are made once, and
+    not for each of ten thousand.
     """
     other = jobs.alias()
-    is_same_store = and_(
-        jobs.c.kind == "harvest",
-        other.c.kind == "harvest",
-        other.c.project == jobs.c.project,
-        other.c.store_id == jobs.c.store_id,
+    of_jobs = select(attempts.c.job_id).where(not_(attempts.c.released))
+    of_stores = (
+        select(other.c.project, other.c.store_id)
+        .select_from(attempts.join(other, other.c.id == attempts.c.job_id))
+        .where(not_(attempts.c.released), other.c.kind == "harvest")
     )
-    return exists().where(
-        not_(attempts.c.released),
-        attempts.c.job_id == other.c.id,
-        or_(other.c.id == jobs.c.id, is_same_store),
-    )
+    store = tuple_(jobs.c.project, jobs.c.store_id)
+    return or_(jobs.c.id.in_(of_jobs), and_(jobs.c.kind == "harvest", store.in_(of_stores)))
 
 
 def _pair(mesh: Sequence[int] | None) -> tuple[int, int] | None:

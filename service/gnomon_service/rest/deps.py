@@ -14,6 +14,7 @@ from gnomon_service.db.reads import MAX_PAGE
 from gnomon_service.jobs.steering import Steering
 from gnomon_service.jobs.submission import Queue
 from gnomon_service.planning.inspector import Inspector
+from gnomon_service.rest.news import News
 from gnomon_service.settings import Settings
 from gnomon_service.tenancy.keys import Keys, Principal
 
@@ -28,6 +29,7 @@ class Services:
     steering: Steering
     keys: Keys
     inspector: Inspector
+    news: News
 
 
 def _services(request: Request) -> Services:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
@@ -13,6 +12,8 @@ from gnomon.errors import Unavailable
 from gnomon.resources import Event
 from gnomon_service.db.engine import Database
 from gnomon_service.db.reads import list_events
+from gnomon_service.rest.news import News
+from gnomon_service.tenancy.keys import Keys, Principal
 
 PING_S = 15.0
 """Silence after which a comment is sent, so that nothing between here and the client takes the line for dead."""
@@ -22,23 +23,13 @@ _BATCH = 200
 class EventStream:
     """One client's place in one job's events."""
 
-    def __init__(
-        self,
-        database: Database,
-        project: str,
-        job_id: str,
-        *,
-        after: int,
-        poll_s: float,
-        is_allowed: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """is_allowed is asked at every look: a key may be revoked while its stream is open."""
+    def __init__(self, database: Database, keys: Keys, news: News, principal: Principal, job_id: str, *, after: int):
         self._database = database
-        self._is_allowed = is_allowed
-        self._project = project
+        self._keys = keys
+        self._news = news
+        self._principal = principal
         self._job_id = job_id
         self._after = after
-        self._poll_s = poll_s
 
     def response(self) -> Response:
         """The stream as a response; raises NotFound before anything is sent."""
@@ -56,8 +47,9 @@ class EventStream:
                 self._after, spoke_at = event.id, time.monotonic()
             if is_over:
                 return
-            if not events:
-                await asyncio.sleep(self._poll_s)
+            if len(events) < _BATCH:
+                most_s = max(0.0, spoke_at + PING_S - time.monotonic())
+                await self._news.wait(self._job_id, self._principal.key_id, after=self._after, most_s=most_s)
             if time.monotonic() - spoke_at >= PING_S:
                 yield ": ping\n\n"
                 spoke_at = time.monotonic()
@@ -67,7 +59,7 @@ class EventStream:
                 return  # the client comes back with Last-Event-ID
 
     def _read(self) -> tuple[list[Event], bool]:
-        if not self._is_allowed():
-            return [], True
+        if not self._keys.valid({self._principal.key_id}):
+            return [], True  # it was revoked while its stream was open
         with self._database.read() as connection:
-            return list_events(connection, self._project, self._job_id, after=self._after, limit=_BATCH)
+            return list_events(connection, self._principal.project, self._job_id, after=self._after, limit=_BATCH)

@@ -9,7 +9,10 @@ LABEL: Final = "gnomon.io/gpu-memory-bytes"
 """Of a Ray node: the bytes of one of its GPUs, the smallest where they differ."""
 _TYPE: Final = "accelerator_type:"
 _GIB_BY_TYPE: Final[Mapping[str, int]] = {"T4": 14, "A10G": 22, "L4": 22, "L40S": 44, "H200": 139}
-"""Of those that come in one size only: what their driver leaves of it, in whole GiB. The A100, the H100 and the V100 have several, and need the label."""
+"""Of those that come in one size only: what their driver leaves of it, in whole GiB.
+
+The A100, the H100 and the V100 come in several, and need the label.
+"""
 
 
 def gpu_memory_bytes(node: Mapping[str, Any]) -> int | None:

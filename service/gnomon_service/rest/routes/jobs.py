@@ -145,14 +145,7 @@ def list_events(
     project = principal.project
     if "text/event-stream" in request.headers.get("accept", ""):
         after = max(after, _last_event_id(request))
-        stream = EventStream(
-            services.database,
-            project,
-            job_id,
-            after=after,
-            poll_s=services.settings.poll_s,
-            is_allowed=partial(services.keys.is_valid, principal.key_id),
-        )
+        stream = EventStream(services.database, services.keys, services.news, principal, job_id, after=after)
         return stream.response()
     with services.database.read() as connection:
         events, _ = reads.list_events(connection, project, job_id, after=after, limit=limit + 1)
