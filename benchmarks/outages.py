@@ -80,6 +80,7 @@ def _try_all(client: Client, inputs: Path, outage: Outage, outage_s: float) -> i
     for phase, is_due in PHASES.items():
         if phase == "harvest":
             client.delete_activations(store_of(expected))
+            until(lambda: all(store.state == "deleted" for store in client.activations()))
         job_id = client.submit(spec_of(inputs)).id
         watched = next(iter(client.job(job_id).job.depends_on), job_id) if phase == "harvest" else job_id
         until(lambda watched=watched, is_due=is_due: is_due(client.job(watched).job, list(client.events(watched))))

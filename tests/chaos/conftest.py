@@ -16,8 +16,8 @@ from tests.support.databases import DIALECTS, fresh_database
 __all__ = ["database"]
 
 # They watch processes against the clock: beside others they take minutes, and only `make chaos` has those.
-_FOR_CHAOS = ["test_clocks.py", "test_full_disk.py", "test_kills.py", "test_outages.py", "test_pauses.py"]
-collect_ignore = [] if IS_CHAOS else _FOR_CHAOS
+_CLOCKED = ("clocks", "full_disk", "garbage", "kills", "outages", "pauses")
+collect_ignore = [] if IS_CHAOS else [f"test_{name}.py" for name in _CLOCKED]
 
 
 @pytest.fixture(params=DIALECTS)

@@ -199,10 +199,11 @@ def only_held_jobs_have_places(history: History) -> Iterator[str]:
 
 
 def a_harvest_leaves_its_store(history: History) -> Iterator[str]:
-    """What succeeded has a sealed store; whatever is sealed, being made or given up has a job that says so."""
+    """What succeeded has a sealed store, or one deleted with a reason; what is sealed, made or given up has its job."""
     for job_id, job in history.jobs.items():
         store = history.stores.get((job["project"], job["store_id"]))
-        if job["kind"] == "harvest" and job["state"] == "succeeded" and (store is None or store["state"] != "sealed"):
+        is_there = store is not None and (store["state"] == "sealed" or store["deleted_why"] is not None)
+        if job["kind"] == "harvest" and job["state"] == "succeeded" and not is_there:
             yield f"{job_id} succeeded, and its store is {store and store['state']}"
     for store in history.stores.values():
         maker = history.jobs.get(store["job_id"], {}).get("state")

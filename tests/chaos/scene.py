@@ -16,7 +16,15 @@ from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import job_events, jobs
 from tests.chaos.history import check, check_reports
 from tests.chaos.reading import HELD, History, read_history
-from tests.support.chaos_children import Child, Diary, dispatch, in_other_times, submit_for_ever, submit_one
+from tests.support.chaos_children import (
+    Child,
+    Diary,
+    collect_for_ever,
+    dispatch,
+    in_other_times,
+    submit_for_ever,
+    submit_one,
+)
 from tests.support.service_jobs import Bench
 from tests.support.waiting import LIMIT_S, wait_until
 from tests.support.working_cluster import DIED, Habits, WorkingCluster, serving_cluster
@@ -115,6 +123,10 @@ class Scene:
         assert lost <= may_lose, f"a fault of the service's cost jobs an attempt: {lost}"
         return history
 
+    def new_collector(self, kept_s: float) -> Child:
+        """Begin a process that deletes what ended so many seconds ago."""
+        return self._begin("collector", (), collect_for_ever, self.their_url, self.bench.projects, kept_s)
+
     def _begin(self, name: str, off_h: tuple[float, ...], target: Callable[..., None], *args: object) -> Child:
         child = Child.begin(name, in_other_times, off_h, target, *args) if off_h else Child.begin(name, target, *args)
         self.children.append(child)
@@ -126,9 +138,16 @@ class Scene:
 
 
 @contextmanager
-def scene_of(url: str, home: Path, *, their_url: str | None = None, habits: Habits | None = None) -> Iterator[Scene]:
+def scene_of(
+    url: str,
+    home: Path,
+    *,
+    their_url: str | None = None,
+    habits: Habits | None = None,
+    cluster: WorkingCluster | None = None,
+) -> Iterator[Scene]:
     """A scene on a database that has its schema; no child outlives it."""
-    cluster = WorkingCluster(habits or Habits())
+    cluster = cluster or WorkingCluster(habits or Habits())
     database = Database(url, busy_timeout_s=LIMIT_S)
     with serving_cluster(cluster) as port:
         scene = Scene(
@@ -137,7 +156,7 @@ def scene_of(url: str, home: Path, *, their_url: str | None = None, habits: Habi
             home=home,
             cluster=cluster,
             port=port,
-            bench=Bench(database),
+            bench=Bench(database, projects=f"file://{home}/projects"),
             diary=Diary(home / "diary"),
         )
         try:

@@ -23,7 +23,9 @@ from gnomon.errors import Unavailable
 from gnomon.specs import HarvestSpec, Mesh, TrainSpec
 from gnomon_service.db.engine import Database
 from gnomon_service.dispatch.cluster_state import Observations
+from gnomon_service.dispatch.collecting import Collector
 from gnomon_service.dispatch.deciding import Scheduler
+from gnomon_service.dispatch.garbage import DAY_S, Rules
 from gnomon_service.dispatch.loop import Dispatcher
 from gnomon_service.jobs.held import RetryPolicy
 from gnomon_service.jobs.leases import Leases
@@ -162,6 +164,16 @@ def dispatch(
         settings=settings,
         owner=owner,
     ).run(stop)
+    database.close()
+
+
+def collect_for_ever(is_ready: Event, url: str, projects: str, kept_s: float) -> None:
+    """Collect what ended so many seconds ago, until SIGTERM."""
+    stop = stop_on_sigterm(is_ready)
+    database = Database(url, busy_timeout_s=LIMIT_S)
+    rules = Rules(resumable_days=kept_s / DAY_S, settled_s=0.0)
+    with Collector(database, projects, rules).running(every_s=0.01):
+        stop.wait()
     database.close()
 
 

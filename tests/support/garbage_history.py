@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -26,7 +25,7 @@ from gnomon_storage.location import Location
 from gnomon_workers.dictionaries.folder import publish
 from tests.support.schemas import emptied_postgresql, empty_sqlite
 from tests.support.service_jobs import DICTIONARY_RECORD, PROJECT, STORE_RESULT, Bench, store_id, stored, train_spec
-from tests.support.stores import make_store
+from tests.support.writing_cluster import sealed_store
 
 RULES: Final = Rules(resumable_days=30.0, store_days=60.0, settled_s=0.0)
 STORES: Final = (1, 2)
@@ -373,11 +372,3 @@ class GarbageHistoryOnPostgreSQL(GarbageHistory):
 
     def close_database(self) -> None:
         pass
-
-
-@cache
-def sealed_store() -> Path:
-    """A small sealed store, to be copied."""
-    folder = Path(tempfile.mkdtemp(prefix="gnomon-sealed-"))
-    make_store(folder, n_segments=1, n_contexts=1)
-    return folder / "activations" / ("act_" + "1" * 32)

@@ -103,6 +103,9 @@ class OldDispatcher:
             self._cluster.kill(taken.id, taken.attempt)
             self._queue.release(taken)
             del self.held[taken]
+        elif poll.outcome is not None:  # holding it on, this one would claim no more, and never be refused
+            self._queue.hand_back(taken, self._owner)
+            del self.held[taken]
 
 
 def assignment_of(taken: Taken) -> Assignment:
