@@ -71,25 +71,22 @@ def rank_memory(shapes: Sequence[Shape], device: Device, rows: Rows, names: Sequ
 
     What a dictionary keeps from step to step adds up over all of them; what a step needs besides is that of the worst.
     """
-    kept = [kept_bytes(shape) for shape in shapes]
     common = {"loader": loader_bytes(shapes[0], rows) if device == "cpu" else 0, "process": PROCESS_BYTES[device]}
-    for part in kept[0]:
-        common[part] = sum(each[part] for each in kept)
-    phases = [
-        (name, phase, parts)
-        for name, shape in zip(names, shapes, strict=True)
-        for phase, parts in passing_bytes(shape, device, rows).items()
-    ]
+    kept = [kept_bytes(shape) for shape in shapes]
     wholes = [
-        RankMemory(parts=_with(_begun(common) if phase == "initialise" else common, passing), phase=phase, variant=name)
-        for name, phase, passing in phases
+        RankMemory(parts=_with({**common, **_held(kept, index, phase)}, passing), phase=phase, variant=name)
+        for index, (name, shape) in enumerate(zip(names, shapes, strict=True))
+        for phase, passing in passing_bytes(shape, device, rows).items()
     ]
     return max(wholes, key=lambda each: each.n_bytes)
 
 
-def _begun(common: dict[str, int]) -> dict[str, int]:
-    """What there is before the first step, whose buffers are not made yet."""
-    return common | {"gradients": 0, "pre_activations": 0}
+def _held(kept: Sequence[dict[str, int]], index: int, phase: str) -> dict[str, int]:
+    """What dictionaries keep in a phase of one of them: while it is initialised, what was made before, and no buffers."""
+    if phase == "initialise":
+        made = {part: sum(each[part] for each in kept[:index]) for part in kept[0]}
+        return made | {"gradients": 0, "pre_activations": 0}
+    return {part: sum(each[part] for each in kept) for part in kept[0]}
 
 
 def _with(common: dict[str, int], passing: dict[str, int]) -> dict[str, int]:
