@@ -82,7 +82,7 @@ def rank_memory(shapes: Sequence[Shape], device: Device, rows: Rows, names: Sequ
 
 
 def _held(kept: Sequence[dict[str, int]], index: int, phase: str) -> dict[str, int]:
-    """What dictionaries keep in a phase of one of them: while it is initialised, what was made before, and no buffers."""
+    """What dictionaries keep in a phase of one of them: while it is initialised, what was made before; no buffers."""
     if phase == "initialise":
         made = {part: sum(each[part] for each in kept[:index]) for part in kept[0]}
         return made | {"gradients": 0, "pre_activations": 0}
