@@ -360,6 +360,7 @@ def test_a_quota_is_kept_and_never_set_below_what_runs(scene: Steered) -> None:
             "weight": 2.0,
             "n_jobs_most": None,
             "n_devices_most": None,
+            "n_store_bytes_most": None,
             "held_by": None,
         }
 
