@@ -53,7 +53,7 @@ def test_the_database_itself_refuses_to_leave_a_terminal_state(bench: Bench, sta
 @pytest.mark.parametrize("statement", ["UPDATE job_events SET kind = 'log'", "DELETE FROM job_events"])
 def test_the_database_itself_refuses_to_change_events(bench: Bench, statement: str) -> None:
     bench.submit()
-    with pytest.raises(IntegrityError, match="append-only|states are kept"), bench.database.write() as connection:
+    with pytest.raises(IntegrityError, match=r"append-only|states are kept"), bench.database.write() as connection:
         connection.execute(text(statement))
 
 

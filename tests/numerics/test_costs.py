@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,22 @@ def test_few_picks_touch_few_features() -> None:
 
 
 def test_variants_add_what_they_keep_and_share_what_passes() -> None:
-    shape = plan_of(d_sae=512).shape
-    one, three = (rank_memory([shape] * n, "cpu", ROWS, [str(i) for i in range(n)]) for n in (1, 3))
+    shape = plan_of(d_sae=4096).shape
+    few_rows = replace(ROWS, n_rows=100)  # the steps take more than the beginning
+    one, three = (rank_memory([shape] * n, "cpu", few_rows, [str(i) for i in range(n)]) for n in (1, 3))
+    assert one.phase == three.phase == "step"
     assert three.parts["weights"] == 3 * one.parts["weights"]
     assert three.parts["batch"] == one.parts["batch"] and three.parts["loader"] == one.parts["loader"]
     assert three.n_bytes == sum(three.parts.values()) > three.state_bytes == 3 * one.state_bytes
+
+
+def test_while_a_dictionary_is_initialised_those_before_it_are_there_and_their_state_counts_as_ever() -> None:
+    shape = plan_of(d_sae=512).shape
+    one, three = (rank_memory([shape] * n, "cpu", ROWS, [str(i) for i in range(n)]) for n in (1, 3))
+    assert (one.phase, three.phase, three.variant) == ("initialise", "initialise", "2")
+    assert (one.parts["weights"], three.parts["moments"]) == (0, 2 * kept_bytes(shape)["moments"])
+    assert one.state_bytes == kept_bytes(shape)["weights"] + kept_bytes(shape)["moments"]
+    assert three.state_bytes == 3 * one.state_bytes
 
 
 def test_rows_beyond_two_buffers_take_no_more() -> None:

@@ -40,6 +40,8 @@ class RankMemory:
 
     parts: dict[str, int]
     """By what it is for, in the phase in which all together are most."""
+    state_bytes: int
+    """What no batch is too small for: weights and moments, in every phase but the first."""
     phase: str
     """That phase: "initialise", "step"; "dense", while most features are active, and "sparse", as soon as few are."""
     variant: str
@@ -49,11 +51,6 @@ class RankMemory:
     def n_bytes(self) -> int:
         """All parts together."""
         return sum(self.parts.values())
-
-    @property
-    def state_bytes(self) -> int:
-        """What no batch is too small for: weights and moments."""
-        return self.parts["weights"] + self.parts["moments"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +71,12 @@ def rank_memory(shapes: Sequence[Shape], device: Device, rows: Rows, names: Sequ
     common = {"loader": loader_bytes(shapes[0], rows) if device == "cpu" else 0, "process": PROCESS_BYTES[device]}
     kept = [kept_bytes(shape) for shape in shapes]
     wholes = [
-        RankMemory(parts=_with({**common, **_held(kept, index, phase)}, passing), phase=phase, variant=name)
+        RankMemory(
+            parts=_with({**common, **_held(kept, index, phase)}, passing),
+            state_bytes=sum(each["weights"] + each["moments"] for each in kept),
+            phase=phase,
+            variant=name,
+        )
         for index, (name, shape) in enumerate(zip(names, shapes, strict=True))
         for phase, passing in passing_bytes(shape, device, rows).items()
     ]
