@@ -74,15 +74,27 @@ def _memory(chosen: MeshPlan) -> str:
 
 
 def _duration(told: Duration) -> str:
-    return f"{told.tokens_per_s:,.0f} tokens/s, {_hours(told.hours)} h (off by {told.error:.0%})"
+    return f"{told.tokens_per_s:,.0f} tokens/s, {_time(told.hours)} (off by {told.error:.0%})"
 
 
 def _learned(told: Duration) -> str:
-    return f"learned from {told.n_jobs} finished jobs" if told.n_jobs else "by a documented machine, not by this one"
+    return (
+        f"learned from {told.n_jobs} finished job{'s' * (told.n_jobs > 1)}"
+        if told.n_jobs
+        else "by a documented machine, not by this one"
+    )
 
 
 def _hours(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def _time(hours: float) -> str:
+    """In hours, minutes or seconds, whichever makes a number that people read."""
+    for unit, length in (("h", 1.0), ("min", 1 / 60)):
+        if hours >= length:
+            return f"{hours / length:,.1f} {unit}"
+    return f"{hours * 3600:.2g} s"
 
 
 def size(n_bytes: int | None) -> str | None:

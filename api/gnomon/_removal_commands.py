@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gnomon._plan_text import size
 from gnomon._screen import moment, show_json, show_line, show_table
 from gnomon.client import Client
 
@@ -57,16 +58,16 @@ def collection(ctx: typer.Context, as_json: AsJson = False) -> None:
     if as_json:
         show_json(found)
         return
-    rows = [("deleted", each) for each in reversed(found.removed)] + [("will be", each) for each in found.upcoming]
+    rows = [("deleted", each) for each in reversed(found.removed)] + [("from then on", each) for each in found.upcoming]
     show_table(
-        ("", "WHEN", "WHAT", "ID", "GB", "WHY"),
+        ("", "WHEN", "WHAT", "ID", "BYTES", "WHY"),
         (
             (
                 what,
                 moment(each.at),
                 each.kind,
                 each.id,
-                "" if each.n_bytes is None else f"{each.n_bytes / 1e9:.2f}",
+                size(each.n_bytes) or "",
                 each.why,
             )
             for what, each in rows

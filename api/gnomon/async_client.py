@@ -126,7 +126,8 @@ class AsyncClient:
     ) -> AsyncJobHandle[JobResult]:
         """Queue another job with the spec of one that there is, but for some fields: {"activation": {"k": 64}}, say.
 
-        A mapping changes the fields that it names; any other value replaces what was there. Options as of `submit`.
+        A mapping changes the fields that it names; any other value replaces what was there. Options as of `submit`;
+        the name is the job's, unless another is given.
         """
         job = await self._session.send(_requests.job(job_id))
         return AsyncJobHandle(

@@ -264,10 +264,11 @@ def dictionaries(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False)
         show_json(found)
     else:
         show_table(
-            ("ID", "CREATED", "HOOK", "D_SAE", "ACTIVATION", "ALIGNMENT", "FVU", "NAME"),
+            ("ID", "STATE", "CREATED", "HOOK", "D_SAE", "ACTIVATION", "ALIGNMENT", "FVU", "NAME"),
             (
                 (
                     d.id,
+                    d.state,
                     moment(d.created_at),
                     d.hook_name,
                     d.d_sae,

@@ -141,10 +141,11 @@ class Client:
     def clone(self, job_id: str, changes: Mapping[str, Any], **options: Unpack[SubmitOptions]) -> JobHandle[JobResult]:
         """Queue another job with the spec of one that there is, but for some fields: {"activation": {"k": 64}}, say.
 
-        A mapping changes the fields that it names; any other value replaces what was there. Options as of `submit`.
+        A mapping changes the fields that it names; any other value replaces what was there. Options as of `submit`;
+        the name is the job's, unless another is given.
         """
         job = self._session.send(_requests.job(job_id))
-        request = _requests.submit(_requests.changed(job, changes), options)
+        request = _requests.submit(_requests.changed(job, changes), {"name": job.name, **options})
         return JobHandle(self, self._session.send(request))
 
     def events(self, job_id: str, *, after: int = 0, follow: bool = False) -> Iterator[Event]:

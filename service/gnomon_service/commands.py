@@ -227,6 +227,7 @@ def set_project(
 ) -> None:
     """Set what a project is owed of the cluster and may take, and print it."""
     from gnomon_service.jobs.steering import Steering
+    from gnomon_service.tenancy.keys import Keys
 
     _, database = _open_database(home)
     steering = Steering(database)
@@ -237,6 +238,8 @@ def set_project(
         n_devices_most=max_devices,
         n_store_bytes_most=max_store_bytes,
     )
+    if not Keys(database).list(name):
+        typer.echo(f"project {name!r} has no key yet; 'gnomon keys create NAME --project {name}' makes one", err=True)
     database.close()
     typer.echo(found.model_dump_json())
 
@@ -260,7 +263,8 @@ def collect(
     for each in found:
         typer.echo(json.dumps(each.as_row()))
     done = "would be deleted" if dry_run else "deleted"
-    typer.echo(f"{len(found)} things, {sum(each.n_bytes for each in found):,} bytes: {done}", err=True)
+    things = "1 thing" if len(found) == 1 else f"{len(found)} things"
+    typer.echo(f"{things}, {sum(each.n_bytes for each in found):,} bytes: {done}", err=True)
     database.close()
 
 

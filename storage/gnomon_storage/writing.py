@@ -268,9 +268,11 @@ def _info(store: Location, commit: SegmentCommit) -> SegmentInfo:
     )
 
 
-def remove_leftovers(store: Location, kept: Collection[str]) -> None:
-    """Delete segment folders, but for those at these paths: others were left by attempts that were lost."""
-    for split in ("segments", "held_out"):
-        for name in store.child(split).list():
-            if name.endswith(".zarr") and f"{split}/{name}" not in kept:
-                store.child(split, name).delete()
+def leftovers(store: Location, kept: Collection[str]) -> list[Location]:
+    """Segment folders, but for those at these paths: attempts that were lost left them."""
+    return [
+        store.child(split, name)
+        for split in ("segments", "held_out")
+        for name in store.child(split).list()
+        if name.endswith(".zarr") and f"{split}/{name}" not in kept
+    ]

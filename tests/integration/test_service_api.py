@@ -497,7 +497,7 @@ def test_a_dictionary_is_deleted_shown_as_such_and_restored(service: Service) ->
     client, path = service.client(), f"/v1/dictionaries/{dictionary_id}"
     gone = client.delete(path)
     assert (gone.status_code, gone.json()["state"]) == (202, "deleting")
-    assert gone.json()["deleted_why"].startswith("by test (")
+    assert gone.json()["deleted_why"].startswith("deleted by test (")
     assert client.get(f"{path}/files/cfg.json").status_code == 200
     spec = {"kind": "evaluate", "dictionary": dictionary_id}
     expect_problem(client.post("/v1/jobs", json={"spec": spec}), 409, "dictionary_deleted")

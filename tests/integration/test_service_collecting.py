@@ -137,6 +137,8 @@ def test_a_finished_training_keeps_its_dictionary_alone(scene: Scene) -> None:
     held = scene.train()
     assert scene.collect() == []
     job_id = scene.succeed(held)
+    (due,) = (each for each in scene.collector.due() if each.id == job_id)
+    assert 2000 < scene.collector.count_bytes(due) < 2100, "what is counted is not what goes"
     assert scene.collect() == [("leftovers", job_id)]
     assert scene.left("checkpoints") == set()
     assert scene.left("dictionaries") == {

@@ -41,7 +41,7 @@ def test_input_roots_come_as_a_list_of_either_kind(text: str, monkeypatch: pytes
         ("DATABASE_URL", "mysql://x", "not supported"),
         ("PORT", "70000", "65535"),
         ("LEASE_S", "6", "second chance"),
-        ("EVENTS_DAYS", "0", "greater than 0"),
+        ("EVENTS_DAYS", "-1", "greater than or equal to 0"),
         ("HOME", "/", "root of the file system"),
         ("LOG_LEVEL", "LOUD", "GNOMON_LOG_LEVEL"),
         ("INPUT_ROOTS", "[", "GNOMON_INPUT_ROOTS"),

@@ -15,7 +15,7 @@ from gnomon_storage import activations, writing
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import float32_from_bfloat16
 from gnomon_storage.location import Location
-from gnomon_storage.writing import load_commit, remove_leftovers
+from gnomon_storage.writing import leftovers, load_commit
 from tests.support.activation_stores import HOOKS, known_rows, make_counted_store, seal_store, write_segment
 from tests.support.bfloat16 import bfloat16_from_float32
 
@@ -192,7 +192,8 @@ def test_leftovers_of_lost_attempts_are_removed(tmp_path: Path) -> None:
     commits = [write_segment(location, "segments", 0, first=0, n_rows=20, attempt=2)]
     location.child("segments/part-00000.a0001.zarr/zarr.json").write_bytes(b"{}")
     location.child("held_out/part-00000.a0002.zarr/zarr.json").write_bytes(b"{}")
-    remove_leftovers(location, {commit.path for commit in commits})
+    for place in leftovers(location, {commit.path for commit in commits}):
+        place.delete()
     seal_store(location, commits).verify()
     assert location.child("segments").list() == ["part-00000.a0002.zarr", "part-00000.json"]
     assert location.child("held_out").list() == []

@@ -27,8 +27,8 @@ from gnomon_service.jobs import deletions
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
-from gnomon_storage.writing import remove_leftovers
-from gnomon_workers.dictionaries.folder import is_published, remove_unpublished
+from gnomon_storage.writing import leftovers
+from gnomon_workers.dictionaries.folder import is_published, unpublished
 from gnomon_workers.runtime.protocol import dictionary_ids
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Collector:
             return [each for each in found if each.due_at <= now]
 
     def count_bytes(self, garbage: Garbage) -> int:
-        """Bytes that are there of it, counted in the store."""
+        """Bytes that go with it, counted in the store."""
         return sum(sum(place.walk().values()) for place in self._places(garbage))
 
     def collect(self, stop: threading.Event | None = None) -> list[Removed]:
@@ -178,27 +178,13 @@ class Collector:
         return n_bytes
 
     def _delete(self, garbage: Garbage) -> int:
-        before = self.count_bytes(garbage)
-        layout = self._layout(garbage)
-        if garbage.kind != "leftovers":
-            for place in self._places(garbage):
-                place.delete()
-            return before
-        job = self._job(garbage.id)
-        if job["kind"] == "harvest":
-            if self._is_sealed(job):  # else another job makes it anew, or it is deleted as a whole
-                _remove_segments(layout.store(job["store_id"]))
-            return before - self.count_bytes(garbage)
-        published = self._dictionaries(garbage.id)
-        for dictionary_id in _trained_by(job):
-            if dictionary_id in published:
-                remove_unpublished(layout.dictionary(dictionary_id))
-            else:  # a job that came to nothing may have published one: nobody ever got to know of it
-                layout.dictionary(dictionary_id).delete()
-        layout.checkpoints(garbage.id).delete()  # last: the manifest of a checkpoint says what else there is
-        return before - self.count_bytes(garbage)
+        n_bytes = self.count_bytes(garbage)
+        for place in self._places(garbage):
+            place.delete()
+        return n_bytes
 
     def _places(self, garbage: Garbage) -> list[Location]:
+        """All that goes, and nothing else, in the order in which it goes."""
         layout = self._layout(garbage)
         if garbage.kind == "store":
             return [self._store_place(garbage)]
@@ -206,8 +192,16 @@ class Collector:
             return [layout.dictionary(garbage.id)]
         job = self._job(garbage.id)
         if job["kind"] == "harvest":
-            return [layout.store(job["store_id"])]
-        return [*map(layout.dictionary, _trained_by(job)), layout.checkpoints(garbage.id)]
+            # where it is not sealed, another job makes it anew, or it is deleted as a whole
+            return _spare_segments(layout.store(job["store_id"])) if self._is_sealed(job) else []
+        known = self._dictionaries(garbage.id)
+        # a job that came to nothing may have published a dictionary: nobody ever got to know of it
+        uploads = [
+            place
+            for folder in map(layout.dictionary, _trained_by(job))
+            for place in (unpublished(folder) if folder.name in known else [folder])
+        ]
+        return [*uploads, layout.checkpoints(garbage.id)]  # last: their manifests say what else there is
 
     def _layout(self, garbage: Garbage) -> ProjectLayout:
         return ProjectLayout.of(self.projects, garbage.project)
@@ -262,6 +256,6 @@ def _trained_by(job: Mapping[Any, Any]) -> tuple[str, ...]:
     return dictionary_ids(job["dictionary_id"], n_variants)
 
 
-def _remove_segments(store: Location) -> None:
-    """Delete segments that a sealed store's manifest does not name."""
-    remove_leftovers(store, {segment.path for segment in ActivationStore.open(store).manifest.segments})
+def _spare_segments(store: Location) -> list[Location]:
+    """Segments that a sealed store's manifest does not name."""
+    return leftovers(store, {segment.path for segment in ActivationStore.open(store).manifest.segments})

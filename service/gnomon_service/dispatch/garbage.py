@@ -132,7 +132,7 @@ def _sealed_stores(connection: Connection, rules: Rules, project: str | None, no
     for row in connection.execute(select(*columns, stores.c.created_at).where(sealed, *_of(stores.c.project, project))):
         used_at, is_needed = uses.get((row.project, row.id), (row.created_at, False))
         if row.state == "deleting":
-            why = row.deleted_why or "by a user"
+            why = row.deleted_why or "deleted by a user"
             yield _store(row.project, row.id, row.n_bytes, why=why, due_at=0.0, found_in="deleting")
         elif not is_needed:
             kept[row.project].append(_Unused(id=row.id, n_bytes=row.n_bytes or 0, used_at=used_at))
@@ -192,7 +192,7 @@ def _dictionaries(connection: Connection, project: str | None) -> Iterator[Garba
             kind="dictionary",
             project=row.project,
             id=row.id,
-            why=row.deleted_why or "by a user",
+            why=row.deleted_why or "deleted by a user",
             due_at=row.purge_at,
             n_bytes=sum(row.files.values()),
         )

@@ -97,8 +97,9 @@ def check_store_is_there(connection: Connection, job: RowMapping) -> None:
     check_not_deleting(store)
     if store is not None and store["state"] == "deleted":
         raise Conflict(
-            f"activation store {job['store_id']!r}, which job {job['id']!r} needs, was deleted: "
-            f"{store['deleted_why'] or 'by a user'}. Make it again with 'gnomon clone {store['job_id']}', then resume",
+            f"activation store {job['store_id']!r}, which job {job['id']!r} needs, is gone "
+            f"({store['deleted_why'] or 'deleted by a user'}); make it again with 'gnomon clone {store['job_id']}', "
+            "then resume",
             code="store_deleted",
         )
 

@@ -37,11 +37,10 @@ def is_published(folder: Location) -> bool:
     return folder.child(MANIFEST).is_file()
 
 
-def remove_unpublished(dictionary: Location) -> None:
-    """Delete what attempts left that did not come to publish a dictionary; none may be at work any more."""
-    for name in filter(_ATTEMPT.match, dictionary.list()):
-        if not is_published(dictionary.child(name)):
-            dictionary.child(name).delete()
+def unpublished(dictionary: Location) -> list[Location]:
+    """What attempts left that did not come to publish a dictionary, if none is at work any more."""
+    attempts = [dictionary.child(name) for name in filter(_ATTEMPT.match, dictionary.list())]
+    return [attempt for attempt in attempts if not is_published(attempt)]
 
 
 def published_digests(folder: Location) -> dict[str, str]:

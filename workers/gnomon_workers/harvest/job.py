@@ -16,7 +16,7 @@ from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit
-from gnomon_storage.writing import load_commit, remove_leftovers, seal
+from gnomon_storage.writing import leftovers, load_commit, seal
 from gnomon_workers.harvest.driving import Driver
 from gnomon_workers.harvest.identity import store_id
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
@@ -95,7 +95,8 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
             "keeps more",
             code="empty_corpus",
         )
-    remove_leftovers(store, {commit.path for commit in commits})
+    for place in leftovers(store, {commit.path for commit in commits}):
+        place.delete()
     warn_of_short_text(run.spec, commits, reporter)
     ran = _ran_on(run, progress)
     sealed = seal_store(run, commits, tally)

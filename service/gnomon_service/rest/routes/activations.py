@@ -35,5 +35,5 @@ def delete_store(store_id: Id, principal: Writer, services: ServicesDep) -> Acti
     A dispatcher deletes the bytes, which may take minutes; the store is "deleting" until then.
     """
     with services.database.write() as connection:
-        begin_store_deletion(connection, principal.project, store_id, why=f"by {principal.name}")
+        begin_store_deletion(connection, principal.project, store_id, why=f"deleted by {principal.name}")
         return reads.read_store(connection, principal.project, store_id)

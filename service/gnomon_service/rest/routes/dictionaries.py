@@ -46,7 +46,7 @@ def delete_dictionary(dictionary_id: Id, principal: Writer, services: ServicesDe
     grace_s = services.settings.dictionary_grace_days * DAY_S
     with services.database.write() as connection:
         begin_dictionary_deletion(
-            connection, principal.project, dictionary_id, why=f"by {principal.name}", grace_s=grace_s
+            connection, principal.project, dictionary_id, why=f"deleted by {principal.name}", grace_s=grace_s
         )
         return reads.read_dictionary(connection, principal.project, dictionary_id)
 
