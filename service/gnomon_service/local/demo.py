@@ -177,10 +177,12 @@ def _rows(metrics: DictionaryMetrics, rates: dict[str, float]) -> list[tuple[str
     lowest, median, highest = (
         _number(score, ".7f") for score in ((scores.min, scores.p50, scores.max) if scores else (None,) * 3)
     )
+    never = None if metrics.fraction_alive is None else 1.0 - metrics.fraction_alive
     return [
         ("FVU", _number(metrics.fvu, ".4f"), "variance not explained; 0 is perfect"),
         ("L0", _number(metrics.l0, ".1f"), "active features per token"),
-        ("dead features", _number(metrics.dead_fraction, ".2%"), "share that no longer fires"),
+        ("dead features", _number(metrics.dead_fraction, ".2%"), "share that no longer fired in training"),
+        ("never fired", _number(never, ".2%"), "share that fired on no held-out token"),
         ("CE loss score", _number(metrics.ce_loss_score, ".4f"), "1: the model works as before"),
         ("alignment, lowest", lowest, "encoder . decoder of a feature"),
         ("alignment, median", median, ""),
