@@ -21,14 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.outages import until
+from benchmarks.outages import harvest_of, until
 from tests.support.glass import make_corpus
 from tests.support.models import make_glassllm
 from tests.support.own_processes import own_pids
 
-from gnomon import Client, Mesh, ModelSource, TextSource, TopK, TrainSpec
+from gnomon import Client, Mesh, TopK, TrainSpec
 from gnomon.resources import Job
-from gnomon.specs import HarvestSpec
 from gnomon_service.local.embedded import Embedded
 from gnomon_service.settings import load_settings
 
@@ -53,13 +52,8 @@ def main() -> int:
 
 def spec_of(inputs: Path) -> TrainSpec:
     """A training that does not end while this runs."""
-    harvest = HarvestSpec(
-        model=ModelSource(source=str(inputs / "model"), dtype="float32"),
-        text=(TextSource(url=str(inputs / "corpus.jsonl")),), hooks=("model.layers.2",), context_length=64,
-        token_budget=40_000, segment_tokens=4096, n_workers=1,
-    )  # fmt: skip
     return TrainSpec(
-        activations=harvest, d_sae=512, activation=TopK(k=16), batch_size=BATCH, token_budget=BATCH * 5_000_000,
+        activations=harvest_of(inputs), d_sae=512, activation=TopK(k=16), batch_size=BATCH, token_budget=BATCH * 5_000_000,
         mesh=Mesh(features=2), checkpoint_every=EVERY,
     )  # fmt: skip
 

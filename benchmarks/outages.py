@@ -117,15 +117,19 @@ PHASES: dict[str, Callable[[Job, list[Event]], bool]] = {
 }
 
 
-def spec_of(inputs: Path) -> TrainSpec:
-    """A short training, with its harvest."""
-    harvest = HarvestSpec(
+def harvest_of(inputs: Path) -> HarvestSpec:
+    """A short harvest of several segments."""
+    return HarvestSpec(
         model=ModelSource(source=str(inputs / "model"), dtype="float32"),
         text=(TextSource(url=str(inputs / "corpus.jsonl")),), hooks=("model.layers.2",), context_length=64,
         token_budget=40_000, segment_tokens=4096, n_workers=1,
     )  # fmt: skip
+
+
+def spec_of(inputs: Path) -> TrainSpec:
+    """A short training, with its harvest."""
     return TrainSpec(
-        activations=harvest, d_sae=512, activation=TopK(k=16), optimizer=Adam(lr=3e-3), batch_size=64,
+        activations=harvest_of(inputs), d_sae=512, activation=TopK(k=16), optimizer=Adam(lr=3e-3), batch_size=64,
         token_budget=64 * N_STEPS, mesh=Mesh(features=2), log_every=5, checkpoint_every=EVERY,
         evaluation=Evaluation(n_tokens=1000, n_ce_tokens=512),
     )  # fmt: skip
