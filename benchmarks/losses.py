@@ -53,8 +53,8 @@ def main() -> int:
 def spec_of(inputs: Path) -> TrainSpec:
     """A training that does not end while this runs."""
     return TrainSpec(
-        activations=harvest_of(inputs), d_sae=512, activation=TopK(k=16), batch_size=BATCH, token_budget=BATCH * 5_000_000,
-        mesh=Mesh(features=2), checkpoint_every=EVERY,
+        activations=harvest_of(inputs), d_sae=512, activation=TopK(k=16), batch_size=BATCH,
+        token_budget=BATCH * 5_000_000, mesh=Mesh(features=2), checkpoint_every=EVERY,
     )  # fmt: skip
 
 
