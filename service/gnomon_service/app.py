@@ -41,16 +41,7 @@ def make_app(settings: Settings) -> FastAPI:
     database = Database(settings.database_url)
     database.migrate()
     make_storage_root(settings)
-    known_keys = Keys(database)
-    services = Services(
-        settings=settings,
-        database=database,
-        queue=Queue(database, project_root=settings.project_root),
-        steering=Steering(database),
-        keys=known_keys,
-        inspector=Inspector(answer_s=settings.reading_s),
-        news=News(database, known_keys, poll_s=settings.poll_s),
-    )
+    services = _make_services(settings, database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,3 +77,17 @@ def make_app(settings: Settings) -> FastAPI:
     app.add_middleware(KeyGate, keys=services.keys, limits=RateLimits(settings.requests_per_s))
     app.add_middleware(RequestMetrics, metrics=app.state.metrics)
     return app
+
+
+def _make_services(settings: Settings, database: Database) -> Services:
+    """The parts that the routes work with."""
+    known = Keys(database)
+    return Services(
+        settings=settings,
+        database=database,
+        queue=Queue(database, project_root=settings.project_root),
+        steering=Steering(database),
+        keys=known,
+        inspector=Inspector(answer_s=settings.reading_s),
+        news=News(database, known, poll_s=settings.poll_s),
+    )

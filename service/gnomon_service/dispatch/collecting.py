@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -87,7 +87,7 @@ class Collector:
 
     def count_bytes(self, garbage: Garbage) -> int:
         """Bytes that go with it, counted in the store."""
-        return sum(sum(place.walk().values()) for place in self._places(garbage))
+        return _bytes_of(self._places(garbage))
 
     def collect(self, stop: threading.Event | None = None) -> list[Removed]:
         """Delete everything that is due; returns what was deleted. Raises Unavailable where database or store are away.
@@ -136,7 +136,13 @@ class Collector:
     def _remove(self, garbage: Garbage) -> int | None:
         """Delete one thing, if it is garbage still; returns its bytes, or None where it is kept."""
         try:
-            return _REMOVERS[garbage.kind](self, garbage)
+            match garbage.kind:
+                case "leftovers":
+                    return self._remove_leftovers(garbage)
+                case "store":
+                    return self._remove_store(garbage)
+                case "dictionary":
+                    return self._remove_dictionary(garbage)
         except Unavailable:
             raise  # the rest would meet it too
         except GnomonError as error:
@@ -178,8 +184,9 @@ class Collector:
         return n_bytes
 
     def _delete(self, garbage: Garbage) -> int:
-        n_bytes = self.count_bytes(garbage)
-        for place in self._places(garbage):
+        places = self._places(garbage)
+        n_bytes = _bytes_of(places)
+        for place in places:
             place.delete()
         return n_bytes
 
@@ -236,11 +243,8 @@ class Collector:
             return {row.id: (row.state, row.location) for row in rows}
 
 
-_REMOVERS: Final[Mapping[str, Callable[[Collector, Garbage], int | None]]] = {
-    "leftovers": Collector._remove_leftovers,
-    "store": Collector._remove_store,
-    "dictionary": Collector._remove_dictionary,
-}
+def _bytes_of(places: Iterable[Location]) -> int:
+    return sum(sum(place.walk().values()) for place in places)
 
 
 def _is_there(url: str) -> bool:
