@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
+from gnomon._command_parts import AsJson, client_of
 from gnomon._plan_text import size
 from gnomon._screen import moment, show_json, show_line, show_table
-from gnomon.client import Client
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 DictionaryArgument = Annotated[str, typer.Argument(metavar="DICTIONARY", help="Id of a dictionary.")]
 
 
@@ -22,23 +21,17 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog="What a job still needs is never deleted. Example: `gnomon collection`")(collection)
 
 
-def _client(ctx: typer.Context) -> Client:
-    client = Client(ctx.obj)
-    ctx.call_on_close(client.close)
-    return client
-
-
 def delete_activations(
     ctx: typer.Context, store_id: Annotated[str, typer.Argument(metavar="STORE", help="Id of an activation store.")]
 ) -> None:
     """Delete an activation store that no job uses; the same harvest then makes it anew."""
-    _client(ctx).delete_activations(store_id)
+    client_of(ctx).delete_activations(store_id)
     show_line(f"{store_id} is being deleted")
 
 
 def delete_dictionary(ctx: typer.Context, dictionary_id: DictionaryArgument, as_json: AsJson = False) -> None:
     """Delete a dictionary; its files are kept for some days."""
-    found = _client(ctx).delete_dictionary(dictionary_id)
+    found = client_of(ctx).delete_dictionary(dictionary_id)
     if as_json:
         show_json(found)
     else:
@@ -48,13 +41,13 @@ def delete_dictionary(ctx: typer.Context, dictionary_id: DictionaryArgument, as_
 
 def restore_dictionary(ctx: typer.Context, dictionary_id: DictionaryArgument, as_json: AsJson = False) -> None:
     """Undo the deletion of a dictionary, as long as its files are there."""
-    found = _client(ctx).restore_dictionary(dictionary_id)
+    found = client_of(ctx).restore_dictionary(dictionary_id)
     show_json(found) if as_json else show_line(f"{found.id} is {found.state}")
 
 
 def collection(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Show what of this project's bytes is deleted by itself, when and why, and what was deleted last."""
-    found = _client(ctx).collection()
+    found = client_of(ctx).collection()
     if as_json:
         show_json(found)
         return

@@ -7,14 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from gnomon._command_parts import AsJson, JobArgument, client_of
 from gnomon._screen import show_json, show_line, show_pairs, show_table
-from gnomon.client import Client
 from gnomon.errors import InvalidRequest
 from gnomon.resources import ClusterState, ProjectState
 from gnomon.specs.request import JobClass
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
 Off = Annotated[bool, typer.Option("--off", help="End it.")]
 
 
@@ -27,15 +25,9 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog="`gnomon drain --off` ends it. Example: `gnomon drain --node NODE`")(drain)
 
 
-def _client(ctx: typer.Context) -> Client:
-    client = Client(ctx.obj)
-    ctx.call_on_close(client.close)
-    return client
-
-
 def pause(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
     """Let a job wait; one that runs saves what it has first, which costs it no attempt."""
-    found = _client(ctx).pause(job_id)
+    found = client_of(ctx).pause(job_id)
     if as_json:
         show_json(found)
     elif found.state == "queued":
@@ -59,7 +51,7 @@ def change(
     """Give a job another class or priority."""
     if job_class is None and priority is None:
         raise InvalidRequest("nothing to change; give --class or --priority")
-    found = _client(ctx).change(job_id, job_class=job_class, priority=priority)
+    found = client_of(ctx).change(job_id, job_class=job_class, priority=priority)
     if as_json:
         show_json(found)
     else:
@@ -80,13 +72,13 @@ def clone(
     changes: dict[str, Any] = {}
     for setting in settings or ():
         _put(changes, setting)
-    handle = _client(ctx).clone(job_id, changes, name=name)
+    handle = client_of(ctx).clone(job_id, changes, name=name)
     show_json(handle.job) if as_json else show_line(handle.id)
 
 
 def hold(ctx: typer.Context, off: Off = False, as_json: AsJson = False) -> None:
     """Start nothing of this project any more."""
-    found = _client(ctx).hold(is_held=not off)
+    found = client_of(ctx).hold(is_held=not off)
     show_json(found) if as_json else _show_project(found)
 
 
@@ -97,7 +89,7 @@ def drain(
     as_json: AsJson = False,
 ) -> None:
     """Start nothing on the cluster any more; what runs is finished."""
-    client = _client(ctx)
+    client = client_of(ctx)
     node_id = None if node is None else _node_id(client.cluster(), node)
     found = client.drain(node_id, is_drained=not off)
     show_json(found) if as_json else show_cluster(found)

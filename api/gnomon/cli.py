@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gnomon import _removal_commands, _steering_commands
+from gnomon._command_parts import AsJson, JobArgument, client_of
 from gnomon._job_view import job_name, number, show_job
 from gnomon._plan_text import show_plan
 from gnomon._plugins import CommandGroup
@@ -29,7 +30,7 @@ from gnomon._screen import (
 )
 from gnomon._settings import resolve_settings
 from gnomon._steering_commands import show_cluster
-from gnomon.client import Client, JobHandle
+from gnomon.client import JobHandle
 from gnomon.errors import GnomonError, InvalidRequest, how_to_install
 from gnomon.resources import TERMINAL_STATES, JobKind, JobState
 from gnomon.specs.request import JobClass
@@ -53,9 +54,7 @@ _removal_commands.add_commands(app)
 Scopes = Annotated[
     list[str] | None, typer.Option(help="read, write or admin; once per scope. Default: read and write.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many.")]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
 
 
 def main() -> None:
@@ -97,12 +96,6 @@ def _options(
     ctx.obj = url
 
 
-def _client(ctx: typer.Context) -> Client:
-    client = Client(ctx.obj)
-    ctx.call_on_close(client.close)
-    return client
-
-
 @app.command(epilog="Example: `gnomon submit train.json --name layer-10 --wait`")
 def submit(
     ctx: typer.Context,
@@ -127,7 +120,7 @@ def submit(
     if profile is not None:
         spec = request.get("spec")
         (spec if isinstance(spec, dict) else request)["profile_steps"] = profile
-    handle = _client(ctx).submit(
+    handle = client_of(ctx).submit(
         request,
         name=name,
         priority=priority,
@@ -158,7 +151,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a job would take, of disk, memory, time and money; queues nothing."""
-    found = _client(ctx).plan(_read_spec(file))
+    found = client_of(ctx).plan(_read_spec(file))
     show_json(found) if as_json else show_plan(found)
 
 
@@ -171,7 +164,7 @@ def jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    found = _client(ctx).jobs(state=state, kind=kind, limit=limit)
+    found = client_of(ctx).jobs(state=state, kind=kind, limit=limit)
     if as_json:
         show_json(found)
     else:
@@ -184,14 +177,14 @@ def jobs(
 @app.command()
 def job(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
     """Show one job."""
-    found = _client(ctx).job(job_id).job
+    found = client_of(ctx).job(job_id).job
     show_json(found) if as_json else show_job(found)
 
 
 @app.command(epilog="Ctrl-C ends the watching, never the job: `gnomon cancel JOB` does.")
 def watch(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
     """Show a job's progress until it ends; exit code 1 if it fails."""
-    handle = _client(ctx).job(job_id)
+    handle = client_of(ctx).job(job_id)
     _wait(handle)
     show_json(handle.job) if as_json else show_job(handle.job)
 
@@ -206,7 +199,7 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Print what happened to a job, one line each."""
-    for event in _client(ctx).events(job_id, after=after, follow=follow):
+    for event in client_of(ctx).events(job_id, after=after, follow=follow):
         if as_json:
             sys.stdout.write(event.model_dump_json() + "\n")
             sys.stdout.flush()
@@ -217,7 +210,7 @@ def logs(
 @app.command()
 def cancel(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
     """Ask a job to stop."""
-    found = _client(ctx).cancel(job_id)
+    found = client_of(ctx).cancel(job_id)
     if as_json:
         show_json(found)
     elif found.state in TERMINAL_STATES:
@@ -229,14 +222,14 @@ def cancel(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> 
 @app.command(epilog="It goes on from its last checkpoint or segment, on the same batches. Example: `gnomon resume JOB`")
 def resume(ctx: typer.Context, job_id: JobArgument, as_json: AsJson = False) -> None:
     """Queue a job again that failed or was cancelled."""
-    found = _client(ctx).resume(job_id)
+    found = client_of(ctx).resume(job_id)
     show_json(found) if as_json else show_line(f"{found.id} is {found.state}")
 
 
 @app.command()
 def activations(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False) -> None:
     """List activation stores, newest first."""
-    found = _client(ctx).activations(limit=limit)
+    found = client_of(ctx).activations(limit=limit)
     if as_json:
         show_json(found)
     else:
@@ -259,7 +252,7 @@ def activations(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False) 
 @app.command()
 def dictionaries(ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False) -> None:
     """List published dictionaries, newest first."""
-    found = _client(ctx).dictionaries(limit=limit)
+    found = client_of(ctx).dictionaries(limit=limit)
     if as_json:
         show_json(found)
     else:
@@ -289,13 +282,13 @@ def download(
     path: Annotated[Path | None, typer.Argument(help="Folder to write; default: one named by the id.")] = None,
 ) -> None:
     """Fetch a dictionary, in the layout that SAELens reads."""
-    show_line(str(_client(ctx).dictionary(dictionary_id).download(path)))
+    show_line(str(client_of(ctx).dictionary(dictionary_id).download(path)))
 
 
 @app.command()
 def cluster(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Show what the service can run on."""
-    found = _client(ctx).cluster()
+    found = client_of(ctx).cluster()
     if as_json:
         show_json(found)
     else:
@@ -314,7 +307,7 @@ def env(ctx: typer.Context) -> None:
 @keys_app.command("list")
 def list_keys(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List the API keys of this project, without their secrets."""
-    found = _client(ctx).keys()
+    found = client_of(ctx).keys()
     show_json(found) if as_json else show_keys(found)
 
 
@@ -328,14 +321,14 @@ def issue_key(
 ) -> None:
     """Make an API key over REST, with a key of scope admin, and print it: the only time it is shown."""
     options: dict[str, Any] = {"scopes": tuple(scope)} if scope else {}
-    made = _client(ctx).create_key(name, expires_in_s=expires_in_s, **options)
+    made = client_of(ctx).create_key(name, expires_in_s=expires_in_s, **options)
     show_json(made) if as_json else show_line(made.key)
 
 
 @keys_app.command("revoke")
 def revoke_key(ctx: typer.Context, key_id: Annotated[str, typer.Argument(metavar="KEY", help="Id of a key.")]) -> None:
     """Revoke an API key; it is refused from then on."""
-    _client(ctx).revoke_key(key_id)
+    client_of(ctx).revoke_key(key_id)
     show_line(f"{key_id} is revoked")
 
 

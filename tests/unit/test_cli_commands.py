@@ -18,7 +18,7 @@ import typer.main
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from gnomon import _steering_commands, cli
+from gnomon import _command_parts, cli
 from gnomon.metrics import DensityHistogram, DictionaryMetrics, Histogram, RowFvu
 from gnomon.specs import JobRequest
 from gnomon_service import commands, logs
@@ -55,8 +55,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run_line(line: str, *answers: Any) -> tuple[int, str, str]:
         script = Script(*answers)
-        for module in (cli, _steering_commands):
-            monkeypatch.setattr(module, "Client", lambda _: client_of(script))
+        monkeypatch.setattr(_command_parts, "Client", lambda _: client_of(script))
         code = cli.run(line.split())
         assert script.is_over
         captured = capsys.readouterr()

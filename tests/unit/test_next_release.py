@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import gnomon
-from gnomon import cli
+from gnomon import _command_parts, cli
 from gnomon.events import EVENTS, UnknownEvent, read_event
 from gnomon.resources import Event, Job
 from gnomon.specs import HarvestSpec, JobRequest, TrainSpec, UnknownSpec
@@ -102,7 +102,7 @@ def test_jobs_of_the_next_release_are_listed_and_shown(
 ) -> None:
     known = job(**changes)
     script = Script(answer({"items": [known]}), answer(known), answer(known))
-    monkeypatch.setattr(cli, "Client", lambda _: client_of(script))
+    monkeypatch.setattr(_command_parts, "Client", lambda _: client_of(script))
     for line in ("jobs", f"job {JOB_ID}", f"job {JOB_ID} --json"):
         assert cli.run(line.split()) == 0
     shown = capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_events_of_the_next_release_are_shown(
 ) -> None:
     story = [event(1, "moved", to="another cluster"), event(2, "progress", phase="merge", parts=3)]
     script = Script(answer({"items": story}))
-    monkeypatch.setattr(cli, "Client", lambda _: client_of(script))
+    monkeypatch.setattr(_command_parts, "Client", lambda _: client_of(script))
     assert cli.run(["logs", JOB_ID, "--all"]) == 0
     shown = capsys.readouterr().out
     assert "to=another cluster" in shown and "parts=3" in shown
