@@ -42,7 +42,7 @@ def test_parallel_sends_of_a_key_make_one_job(database: Database) -> None:
 
 
 def test_parallel_claims_of_a_job_give_it_to_one(postgresql: str) -> None:
-    database, n_jobs = Database(postgresql), count(50, 300, 1000)
+    database, n_jobs = Database(postgresql), count(50, 300, 10_000)
     bench = Bench(database)
     made = [bench.submit(store=number).id for number in range(n_jobs)]
     barrier = threading.Barrier(N_CLAIMERS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import select
 import subprocess
 import sys
@@ -30,6 +31,8 @@ ABANDONED_S: Final = 300.0
 """A look that no one has asked for any more in this time is given up."""
 _LAST_WORDS_S: Final = 10.0
 N_PROCESSES: Final = 4
+NICENESS: Final = 10
+"""Of these processes: whoever is answered from what is known already comes first."""
 MOST_INQUIRIES: Final = 64
 
 
@@ -160,8 +163,11 @@ class Inspector:
 
 
 def _start() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gnomon_workers.harvest.inspection"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)  # noqa: S603
+    command, pipe = [sys.executable, "-m", "gnomon_workers.harvest.inspection"], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)  # noqa: S603
+    # from its first import on: four that begin at once would keep this process from answering anybody
+    os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+    return process
 
 
 def _end(process: subprocess.Popen[str]) -> None:

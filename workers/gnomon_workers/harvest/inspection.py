@@ -25,8 +25,6 @@ from gnomon_workers.models import catalog
 
 MOST_BYTES: Final = 4 << 30
 """Of memory: no text or header that is within its limits takes more."""
-_NICENESS: Final = 10
-"""Whoever asks the API something else comes first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +90,6 @@ def _problem(error: GnomonError) -> dict[str, Any]:
 
 def main() -> None:
     """Answer until no one asks any more."""
-    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
