@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import httpx2
 import psutil
 from sqlalchemy import insert, select
+from tests.support.api_process import ApiProcess
 from tests.support.chaos_children import Child, dispatch, stop_on_sigterm
 from tests.support.databases import fresh_database
 from tests.support.models import make_lists_of_layers
-from tests.support.service_api import write_inputs
+from tests.support.service_api import harvest_of
 from tests.support.service_jobs import Bench, store_id
 from tests.support.working_cluster import Habits, WorkingCluster, serving_cluster
 
@@ -44,8 +44,6 @@ from gnomon import AsyncClient
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import activation_stores, job_events, jobs
 from gnomon_service.jobs.ids import make_id
-from gnomon_service.local.ray_head import free_port
-from gnomon_service.tenancy.keys import SCOPES, Keys
 
 N_CORES = 2
 N_SLOW = 40
@@ -76,14 +74,8 @@ class Place:
     def spec(self, model: str = "model") -> dict[str, Any]:
         """A harvest of which there is no store yet."""
         self.n_submits += 1
-        return {
-            "kind": "harvest",
-            "model": {"source": str(self.inputs / model)},
-            "text": [{"url": str(self.inputs / "text.txt")}],
-            "hooks": ["model.layers.1"],
-            "context_length": 32,
-            "token_budget": 1024 + self.n_submits,
-        }
+        changes = {"model": {"source": str(self.inputs / model)}, "token_budget": 1024 + self.n_submits}
+        return harvest_of(self.inputs) | changes
 
     def note_memory(self) -> None:
         """Remember what each process holds, in MiB."""
@@ -122,51 +114,19 @@ def main() -> int:
 @contextmanager
 def service(home: Path, dialect: str) -> Iterator[Place]:
     """An API and a dispatcher, each a process of its own."""
-    write_inputs(home / "inputs")
-    for number in range(N_SLOW):
-        make_lists_of_layers(home / "inputs" / f"slow-{number}", number)
     with fresh_database(dialect, home) as url, serving_cluster(WorkingCluster(HABITS)) as port:
-        database, api_port = Database(url), free_port("127.0.0.1")
-        database.migrate()
-        key = Keys(database).create(project="default", name="load", scopes=SCOPES).key
-        environment = os.environ | {
-            "GNOMON_HOME": str(home),
-            "GNOMON_DATABASE_URL": url,
-            "GNOMON_STORAGE_ROOT": (home / "store").as_uri(),
-            "GNOMON_INPUT_ROOTS": str(home / "inputs"),
-            "GNOMON_PORT": str(api_port),
-            "GNOMON_REQUESTS_PER_S": "100000",
-        }
-        with (home / "api.log").open("wb") as log:
-            api = subprocess.Popen([sys.executable, "-m", "gnomon_service", "api"], env=environment, stderr=log)
-        dispatcher = Child.begin("dispatcher", dispatch, url, port, home, "dispatcher", 30.0, 0.5)
-        processes = {"API": psutil.Process(api.pid), "dispatcher": psutil.Process(dispatcher.process.pid)}
-        place = Place(
-            url=f"http://127.0.0.1:{api_port}",
-            key=key,
-            inputs=home / "inputs",
-            bench=Bench(database),
-            processes=processes,
-        )
-        try:
-            wait_for(place)
-            yield place
-        finally:
-            api.terminate()
-            api.wait()
-            dispatcher.kill()
-            database.close()
-
-
-def wait_for(place: Place) -> None:
-    """Wait until the API answers."""
-    with place.client() as client:
-        while True:
+        api = ApiProcess.on(url, home)
+        for number in range(N_SLOW):
+            make_lists_of_layers(api.inputs / f"slow-{number}", number)
+        with api:
+            dispatcher = Child.begin("dispatcher", dispatch, url, port, home, "dispatcher", 30.0, 0.5)
+            processes = {"API": api.process, "dispatcher": psutil.Process(dispatcher.process.pid)}
+            bench = Bench(Database(url))
             try:
-                client.get("/healthz").raise_for_status()
-                return
-            except httpx2.TransportError:
-                time.sleep(0.1)
+                yield Place(url=api.url, key=api.key, inputs=api.inputs, bench=bench, processes=processes)
+            finally:
+                dispatcher.kill()
+                bench.database.close()
 
 
 # ---------------------------------------------------------------------------------------------- load

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 
+from gnomon.errors import Unavailable
 from gnomon.resources import TERMINAL_STATES
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import job_events, jobs
 from tests.chaos.history import check, check_reports
 from tests.chaos.reading import HELD, History, read_history
+from tests.support.api_process import ApiProcess
 from tests.support.chaos_children import (
     Child,
     Diary,
     collect_for_ever,
     dispatch,
     in_other_times,
+    post_for_ever,
     submit_for_ever,
     submit_one,
 )
@@ -62,6 +65,10 @@ class Scene:
         """Begin a client that goes on where the last one was cut off."""
         return self._begin("client", off_h, submit_for_ever, self.their_url, self.diary.path, N_STORES, pause_s)
 
+    def new_api_client(self, api: ApiProcess, pause_s: float = 0.01) -> Child:
+        """Begin a client of an API."""
+        return self._begin("client", (), post_for_ever, api.url, api.key, api.inputs, self.diary.path, pause_s)
+
     def submit(self, n_jobs: int) -> None:
         """Send so many requests, which must be answered."""
         first = len(self.diary.sent().keys)
@@ -81,6 +88,14 @@ class Scene:
     def n_in(self, *states: str) -> int:
         """Jobs that are in one of these states."""
         return self._count(select(func.count()).select_from(jobs).where(jobs.c.state.in_(states)))
+
+    def n_submitted(self) -> int:
+        """Jobs that were asked for."""
+        return self._count(select(func.count()).select_from(jobs).where(jobs.c.made_for.is_(None)))
+
+    def n_written(self, keys: Collection[str]) -> int:
+        """Jobs that came with one of these keys."""
+        return self._count(select(func.count()).select_from(jobs).where(jobs.c.idempotency_key.in_(keys)))
 
     def n_ended(self) -> int:
         """Jobs that have ended."""
@@ -132,9 +147,15 @@ class Scene:
         self.children.append(child)
         return child
 
-    def _count(self, statement: object) -> int:
-        with self.bench.database.read() as connection:
-            return int(connection.execute(statement).scalar_one())  # type: ignore[call-overload]
+    def _count(self, statement: Select[int]) -> int:
+        """A number, waited for while the database is away."""
+
+        def look() -> tuple[int] | None:
+            with suppress(Unavailable), self.bench.database.read() as connection:
+                return (connection.execute(statement).scalar_one(),)
+            return None
+
+        return wait_until(look, "the database")[0]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ They are forked from a server that has imported everything, so that a life begin
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Self
 
+import httpx2
+
 from gnomon.errors import Unavailable
 from gnomon.specs import HarvestSpec, Mesh, TrainSpec
 from gnomon_service.db.engine import Database
@@ -31,6 +34,7 @@ from gnomon_service.jobs.held import RetryPolicy
 from gnomon_service.jobs.leases import Leases
 from gnomon_service.settings import Settings
 from tests.chaos.reading import Sent
+from tests.support.service_api import harvest_of, train_on
 from tests.support.service_jobs import Bench, harvest_spec, train_spec
 from tests.support.waiting import LIMIT_S
 from tests.support.working_cluster import RemoteCluster
@@ -141,6 +145,37 @@ def submit_for_ever(is_ready: Event, url: str, diary_path: Path, n_stores: int, 
             left, number = [f"key-{number}"], number + 1
         if submit_one(bench, diary, left[0], n_stores):
             left = []
+
+
+def post_for_ever(is_ready: Event, url: str, api_key: str, inputs: Path, diary_path: Path, pause_s: float) -> None:
+    """Send requests to an API, one after the other, each until it is answered; every second is a training."""
+    stop = stop_on_sigterm(is_ready)
+    diary = Diary(diary_path)
+    with httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=LIMIT_S) as client:
+        for number in itertools.count(len(diary.sent().keys)):
+            while not post_one(client, diary, f"key-{number}", inputs, number):
+                if stop.wait(pause_s):
+                    return
+            if stop.wait(pause_s):
+                return
+
+
+def post_one(client: httpx2.Client, diary: Diary, key: str, inputs: Path, number: int) -> bool:
+    """Send one request once; whether there was an answer."""
+    harvest = harvest_of(inputs) | {"token_budget": 1024 * (number + 1)}
+    spec = train_on(inputs) | {"activations": harvest} if number % 2 else harvest
+    diary.write("sent", key)
+    try:
+        answer = client.post("/v1/jobs", headers={"Idempotency-Key": key}, json={"spec": spec, "max_attempts": 10})
+    except httpx2.TransportError as error:
+        diary.write("unavailable", key, type(error).__name__)
+        return False
+    if answer.status_code == 503:
+        diary.write("unavailable", key, answer.json()["code"])
+        return False
+    assert answer.is_success, answer.text
+    diary.write("answer", key, answer.json()["id"])
+    return True
 
 
 # ---------------------------------------------------------------------------------------------- dispatchers

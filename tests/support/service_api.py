@@ -51,6 +51,23 @@ def write_inputs(folder: Path) -> None:
     (folder / "empty.txt").write_text("")
 
 
+def harvest_of(inputs: Path) -> dict[str, Any]:
+    """The JSON of a harvest of such inputs."""
+    return {
+        "kind": "harvest",
+        "model": {"source": str(inputs / "model")},
+        "text": [{"url": str(inputs / "text.txt")}],
+        "hooks": ["model.layers.1"],
+        "context_length": 32,
+        "token_budget": 1024,
+    }
+
+
+def train_on(inputs: Path) -> dict[str, Any]:
+    """The JSON of a training run on that harvest."""
+    return {"kind": "train", "activations": harvest_of(inputs), "d_sae": 48, "token_budget": 8192}
+
+
 class Service:
     """The application on a fresh SQLite database, and the queue behind it."""
 
@@ -75,20 +92,11 @@ class Service:
 
     def harvest(self, **changes: Any) -> dict[str, Any]:
         """The JSON of a harvest of the inputs."""
-        fields = {
-            "kind": "harvest",
-            "model": {"source": str(self.inputs / "model")},
-            "text": [{"url": str(self.inputs / "text.txt")}],
-            "hooks": ["model.layers.1"],
-            "context_length": 32,
-            "token_budget": 1024,
-        }
-        return fields | changes
+        return harvest_of(self.inputs) | changes
 
     def train(self, **changes: Any) -> dict[str, Any]:
         """The JSON of a training run on that harvest."""
-        fields = {"kind": "train", "activations": self.harvest(), "d_sae": 48, "token_budget": 8192}
-        return fields | changes
+        return train_on(self.inputs) | changes
 
     def submit(self, spec: dict[str, Any], **headers: str) -> Job:
         """Submit a job that must be accepted."""
