@@ -19,6 +19,7 @@ from gnomon_service.dispatch import deciding
 from gnomon_service.jobs.steering import Steering
 from gnomon_service.jobs.waiting import Waiting, read_waiting
 from gnomon_workers.runtime.protocol import NodeSnapshot
+from gnomon_workers.sae.costs import TrainJob
 from tests.integration.test_service_dispatcher import Scene
 from tests.support.service_cluster import Attempt
 from tests.support.service_jobs import PROJECT, harvest_spec, train_spec
@@ -80,6 +81,27 @@ def test_a_mesh_of_auto_is_fixed_by_the_first_attempt(scene: Steered) -> None:
     scene.turn(3)
     again = scene.attempt(job).assignment
     assert (again.attempt, again.mesh) == (2, first.mesh)
+
+
+def test_a_mesh_of_auto_has_the_memory_that_the_training_needs(scene: Steered) -> None:
+    """Eight GPUs of 64 MiB cannot hold its weights, and it waits; of those of 4 GiB two can train it, and not one."""
+    fields: dict[str, Any] = {"batch_size": 1024, "d_sae": 2**21}
+
+    def gpus(gpu_memory_bytes: int) -> tuple[NodeSnapshot, ...]:
+        return (NodeSnapshot(id="g", name="gpus", n_cpus=8, n_gpus=8, gpu_memory_bytes=gpu_memory_bytes),)
+
+    scene.cluster.nodes = gpus(64 << 20)
+    job = scene.bench.submit(train_spec(**fields))
+    scene.turn()
+    assert scene.reason(job)[0] == "too_large"
+    assert "16 GPUs" in scene.reason(job)[1]
+    scene.cluster.nodes = gpus(4 << 30)
+    scene.turn()
+    mesh = scene.attempt(job).assignment.mesh
+    assert mesh is not None
+    spec, of_job = train_spec(**fields), Mesh(dp=mesh[0], features=mesh[1])
+    training = TrainJob.of(spec, 16, device="gpu")
+    assert training.memory(of_job).n_bytes <= 4 << 30 < training.memory(Mesh()).n_bytes
 
 
 def test_a_mesh_of_auto_stays_when_there_is_less_room_at_its_return(scene: Steered) -> None:

@@ -31,7 +31,17 @@ from gnomon_storage.location import Location
 from gnomon_workers.dictionaries.weights import write_weights
 from gnomon_workers.parallel.mesh import ProcessMesh
 from gnomon_workers.sae import memory
-from gnomon_workers.sae.costs import TrainJob, check_fits, checkpoint_bytes, choose_mesh, dictionary_bytes, n_ranks, pay
+from gnomon_workers.sae.costs import (
+    TrainJob,
+    check_fits,
+    checkpoint_bytes,
+    choose_mesh,
+    dictionary_bytes,
+    meshes_that_pay,
+    n_ranks,
+    pay,
+    smallest_that_holds,
+)
 from gnomon_workers.sae.memory import Rows, kept_bytes, rank_memory, touched_rows
 from gnomon_workers.sae.optimizer import AdamState, owned_rows
 from gnomon_workers.sae.parameters import make_parameters
@@ -225,6 +235,34 @@ def test_memory_asks_for_shards_that_time_does_not() -> None:
     room = large.memory(Mesh(features=4)).n_bytes + 1.0
     assert pay(large, 8, room).mesh.features >= 4 > pay(job, 8, room).mesh.features
     assert "enough memory" in pay(large, 8, room).why
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 2 * 2**30, 4 * 2**30])
+def test_meshes_that_pay_on_ever_fewer_devices_all_have_the_memory(memory_bytes: float | None) -> None:
+    job = TrainJob.of(spec_of(d_sae=2**17, batch_size=4096, token_budget=4096 * 1000), 1024)
+    found = list(meshes_that_pay(job, 8, memory_bytes))
+    sizes = [n_ranks(mesh) for mesh in found]
+    assert found[0] == pay(job, 8, memory_bytes).mesh
+    assert sizes == sorted(set(sizes), reverse=True)
+    if memory_bytes is None:
+        assert sizes[-1] == 1
+    else:
+        assert all(job.memory(mesh).n_bytes <= memory_bytes for mesh in found)
+        smaller = [mesh for mesh in job.meshes(8) if n_ranks(mesh) < sizes[-1]]
+        assert smaller and all(job.memory(mesh).n_bytes > memory_bytes for mesh in smaller)
+
+
+def test_the_smallest_mesh_that_holds_a_dictionary_may_be_larger_than_the_cluster() -> None:
+    job = TrainJob.of(spec_of(d_sae=2**20, batch_size=8, token_budget=8000), 4096)
+    assert smallest_that_holds(job, 8 * 2**30) == Mesh(features=16)
+    assert job.memory(Mesh(features=16)).state_bytes <= 8 * 2**30 < job.memory(Mesh(features=8)).state_bytes
+    with pytest.raises(InvalidRequest, match="alone need"):
+        smallest_that_holds(job, 1000.0)
+
+
+def test_a_cluster_may_have_more_devices_than_an_axis_has_ranks() -> None:
+    job = TrainJob.of(spec_of(d_sae=2**20, batch_size=2**13, token_budget=2**20), 64)
+    assert max(max(mesh.dp, mesh.features) for mesh in job.meshes(5000)) == 1024
 
 
 def test_what_can_never_fit_is_refused_with_the_term() -> None:

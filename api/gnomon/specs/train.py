@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -73,12 +73,16 @@ class Schedule(Spec):
     """Share of the steps, at the end, over which the rate falls to zero; 1 = from the beginning on."""
 
 
+MOST_OF_AN_AXIS: Final = 1024
+"""Ranks of one axis of a mesh."""
+
+
 class Mesh(Spec):
     """How a gang of ranks divides the work: dp * features ranks."""
 
-    dp: Annotated[int, Field(ge=1, le=1024)] = 1
+    dp: Annotated[int, Field(ge=1, le=MOST_OF_AN_AXIS)] = 1
     """Replicas; each takes batch_size / dp tokens of every step."""
-    features: Annotated[int, Field(ge=1, le=1024)] = 1
+    features: Annotated[int, Field(ge=1, le=MOST_OF_AN_AXIS)] = 1
     """Shards; each holds d_sae / features features."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import Connection, bindparam, case, func, or_, select, update
 
@@ -15,7 +15,7 @@ from gnomon.specs.request import CLASSES
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import activation_stores, attempts, cluster, jobs, nodes, projects
 from gnomon_service.dispatch import reasons
-from gnomon_service.dispatch.asks import Demand, demand_of
+from gnomon_service.dispatch.asks import Capacity, Demand, demand_of
 from gnomon_service.dispatch.decisions import Decisions, Gang, Start
 from gnomon_service.dispatch.order import Ask, Share
 from gnomon_service.dispatch.reasons import Reason
@@ -24,8 +24,7 @@ from gnomon_service.dispatch.scheduling import N_TOLD, decide
 from gnomon_service.jobs.held import Placement
 from gnomon_service.jobs.transitions import add_events, as_row
 from gnomon_service.jobs.waiting import Waiting, read_waiting
-from gnomon_workers.runtime.protocol import ClusterSnapshot
-from gnomon_workers.sae.shape import Device
+from gnomon_workers.runtime.protocol import ClusterSnapshot, device_memory_bytes
 
 WINDOW_S: Final = 86_400.0
 """What projects took is counted over so long."""
@@ -34,6 +33,8 @@ N_AHEAD: Final = 3
 N_LOOKED_UP: Final = 500
 """Specs that are read in one turn: each takes about a millisecond."""
 _HELD: Final = ("scheduled", "running")
+_Size: TypeAlias = "tuple[int, float | None]"
+"""Devices of a cluster on which may be started, and the memory of one."""
 
 
 @dataclass(slots=True)
@@ -41,8 +42,8 @@ class Scheduler:
     """Decides for the whole cluster; only the dispatcher that leads asks it."""
 
     database: Database
-    _demands: dict[tuple[str, int], Demand] = field(default_factory=dict)
-    """By job and number of devices: specs do not change."""
+    _demands: dict[tuple[str, _Size], Demand] = field(default_factory=dict)
+    """By job and size of the cluster: specs do not change."""
 
     def turn(self, snapshot: ClusterSnapshot) -> list[tuple[str, Placement]]:
         """What to start, as (job, where); what is moved and told is written down."""
@@ -60,7 +61,7 @@ class Scheduler:
         self._write(decisions, seen)
         self._tell(waiting, decisions, blocked)
         for start in decisions.starts:  # it has a mesh now, which it keeps: what it asks for is another thing
-            self._demands.pop((start.job_id, seen.n_devices), None)
+            self._demands.pop((start.job_id, seen.size), None)
         shapes = {ask.job_id: ask.shapes for ask in asks}
         return [
             (start.job_id, _placement(shapes[start.job_id], start, open_jobs[start.job_id].kind))
@@ -74,11 +75,11 @@ class Scheduler:
 
         The first of a long queue are known at once, the others some turns later.
         """
-        n_devices = seen.n_devices
-        self._demands = {key: demand for key, demand in self._demands.items() if key[1] == n_devices}
+        size = seen.size
+        self._demands = {key: demand for key, demand in self._demands.items() if key[1] == size}
         known = {job_id for job_id, _ in self._demands}
         for job_id in known.difference(job_ids):
-            del self._demands[job_id, n_devices]
+            del self._demands[job_id, size]
         fresh = [job_id for job_id in job_ids if job_id not in known][:N_LOOKED_UP]
         hooks = activation_stores.c.hooks
         joined = jobs.outerjoin(
@@ -89,14 +90,14 @@ class Scheduler:
         for row in connection.execute(select(*columns).select_from(joined).where(jobs.c.id.in_(fresh))):
             mesh = None if row.mesh is None else (row.mesh[0], row.mesh[1])
             try:
-                demand = demand_of(row.kind, row.spec, row.hooks or {}, mesh=mesh, empty=seen.empty, device=seen.device)
+                demand = demand_of(row.kind, row.spec, row.hooks or {}, mesh=mesh, capacity=seen.capacity)
             except (GnomonError, ValueError, LookupError):
                 # it cannot be read, or never fits: its attempt says so, on one device, and harms no other job
                 demand = Demand(shapes=(Shape(1),))
-            self._demands[row.id, n_devices] = demand
+            self._demands[row.id, size] = demand
 
     def _knows(self, job_id: str, seen: _Seen) -> bool:
-        return (job_id, seen.n_devices) in self._demands
+        return (job_id, seen.size) in self._demands
 
     def _ask(self, job: Waiting, seen: _Seen) -> Ask:
         demand = self._demand_of(job.id, seen)
@@ -131,7 +132,7 @@ class Scheduler:
 
     def _demand_of(self, job_id: str, seen: _Seen) -> Demand:
         # of what runs more than was looked up: what it holds is known all the same
-        return self._demands.get((job_id, seen.n_devices), Demand(shapes=(Shape(1),)))
+        return self._demands.get((job_id, seen.size), Demand(shapes=(Shape(1),)))
 
     # ------------------------------------------------------------------------------------------ what is decided
 
@@ -176,10 +177,7 @@ class _Seen:
     """The cluster and what runs on it."""
 
     nodes: list[Node]
-    empty: FreeDevices
-    device: Device
-    n_devices: int
-    """On which may be started."""
+    capacity: Capacity
     running: dict[str, Mapping[str, Any]]
     shares: dict[str, Share]
     drained_by: str | None
@@ -187,7 +185,12 @@ class _Seen:
     @property
     def what(self) -> str:
         """What devices are called."""
-        return "GPUs" if self.device == "gpu" else "cores"
+        return "GPUs" if self.capacity.device == "gpu" else "cores"
+
+    @property
+    def size(self) -> _Size:
+        """What jobs' demands depend on."""
+        return self.capacity.empty.n_devices, self.capacity.memory_bytes
 
     @classmethod
     def of(cls, connection: Connection, snapshot: ClusterSnapshot) -> _Seen:
@@ -203,12 +206,13 @@ class _Seen:
             for node in snapshot.nodes
         ]
         running = _read_running(connection)
-        empty = FreeDevices.of(found)
         return cls(
             nodes=found,
-            empty=empty,
-            n_devices=empty.n_devices,
-            device="gpu" if uses_gpus else "cpu",
+            capacity=Capacity(
+                empty=FreeDevices.of(found),
+                device="gpu" if uses_gpus else "cpu",
+                memory_bytes=device_memory_bytes(snapshot.nodes, uses_gpus=uses_gpus),
+            ),
             running=running,
             shares=_read_shares(connection),
             drained_by=connection.execute(select(cluster.c.drained_by)).scalar(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
@@ -11,6 +10,7 @@ from gnomon.resources import ClusterState
 from gnomon.specs import Mesh
 from gnomon_service.planning.rates import Rate, TrainingRates
 from gnomon_service.settings import Settings
+from gnomon_workers.runtime.protocol import device_memory_bytes
 from gnomon_workers.sae.costs import Choice, TrainJob, check_fits, n_ranks, pay
 from gnomon_workers.sae.shape import Device
 
@@ -35,31 +35,19 @@ class Room:
         """That of the cluster as it was last seen; None if it never was."""
         if cluster.seen_at is None:
             return None
-        nodes = cluster.nodes
-        if cluster.n_gpus > 0:
-            most = max((int(node.n_gpus) for node in nodes), default=None)
-            sizes = [node.gpu_memory_bytes for node in nodes if node.n_gpus > 0]
-            return cls(
-                n_places=int(cluster.n_gpus), what="GPUs", memory_bytes_per_place=_most_known(sizes), n_on_a_node=most
-            )
-        shares = [node.memory_bytes / node.n_cpus for node in nodes if node.memory_bytes and node.n_cpus]
+        uses_gpus = cluster.n_gpus > 0
+        on_nodes = [int(node.n_gpus if uses_gpus else node.n_cpus) for node in cluster.nodes]
         return cls(
-            n_places=int(cluster.n_cpus),
-            what="CPUs",
-            memory_bytes_per_place=max(shares, default=None),
-            n_on_a_node=max((int(node.n_cpus) for node in nodes), default=None),
+            n_places=int(cluster.n_gpus if uses_gpus else cluster.n_cpus),
+            what="GPUs" if uses_gpus else "CPUs",
+            memory_bytes_per_place=device_memory_bytes(cluster.nodes, uses_gpus=uses_gpus),
+            n_on_a_node=max(on_nodes, default=None),
         )
 
     @property
     def device(self) -> Device:
         """What is in a place."""
         return "gpu" if self.what == "GPUs" else "cpu"
-
-
-def _most_known(sizes: Sequence[int | None]) -> int | None:
-    """The largest, where all are known: one that is not may be larger than those that are."""
-    known = [size for size in sizes if size is not None]
-    return max(known) if known and len(known) == len(sizes) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

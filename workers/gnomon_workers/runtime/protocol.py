@@ -8,7 +8,7 @@ the attempt, so a stale attempt can harm nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -99,6 +99,33 @@ class NodeSnapshot:
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     """Of one of its GPUs; None where it has none, or that is not known."""
+
+
+class Machine(Protocol):
+    """What is known of the devices of a machine, by whomever."""
+
+    @property
+    def n_cpus(self) -> float: ...
+    @property
+    def n_gpus(self) -> float: ...
+    @property
+    def memory_bytes(self) -> int | None: ...
+    @property
+    def gpu_memory_bytes(self) -> int | None: ...
+
+
+def device_memory_bytes(machines: Iterable[Machine], *, uses_gpus: bool) -> float | None:
+    """Memory of a GPU, or a core's share of its machine's, on the machine that has most of it; None: it is not known.
+
+    That of a machine which is not known may be larger than all that are.
+    """
+    if uses_gpus:
+        sizes = [machine.gpu_memory_bytes for machine in machines if machine.n_gpus > 0]
+        return None if None in sizes else max(filter(None, sizes), default=None)
+    return max(
+        (machine.memory_bytes / machine.n_cpus for machine in machines if machine.memory_bytes and machine.n_cpus),
+        default=None,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

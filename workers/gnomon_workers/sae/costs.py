@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from gnomon.errors import InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
+from gnomon.specs.train import MOST_OF_AN_AXIS
 from gnomon_workers.sae.memory import RankMemory, Rows, rank_memory
 from gnomon_workers.sae.shape import FLOAT_BYTES, Device, Shape
 from gnomon_workers.sae.speeds import step_seconds
@@ -117,9 +119,9 @@ class TrainJob:
         """
         found = [
             Mesh(dp=dp, features=features)
-            for dp in range(1, n_devices + 1)
+            for dp in range(1, min(n_devices, MOST_OF_AN_AXIS) + 1)
             if self.spec.batch_size % dp == 0
-            for features in range(1, n_devices // dp + 1)
+            for features in range(1, min(n_devices // dp, MOST_OF_AN_AXIS) + 1)
             if self.d_sae % features == 0
         ]
         sizes = sorted({n_ranks(mesh) for mesh in found})
@@ -164,6 +166,33 @@ def choose_mesh(
         return spec.mesh
     job = TrainJob.of(spec, d_in, d_out=d_out, device=device, rows=rows)
     return pay(job, n_devices, memory_bytes).mesh
+
+
+def meshes_that_pay(job: TrainJob, n_devices: int, memory_bytes: float | None) -> Iterator[Mesh]:
+    """The mesh that pays on n_devices, and then those on ever fewer, down to the smallest that has the memory.
+
+    Raises InvalidRequest, "does_not_fit", as `pay`.
+    """
+    least = n_ranks(_with_memory(job, job.meshes(max(1, n_devices)), memory_bytes)[0])
+    mesh = pay(job, n_devices, memory_bytes).mesh
+    yield mesh
+    while n_ranks(mesh) > least:
+        mesh = pay(job, n_ranks(mesh) - 1, memory_bytes).mesh
+        yield mesh
+
+
+def smallest_that_holds(job: TrainJob, memory_bytes: float) -> Mesh:
+    """The fewest shards that have the memory for their weights and moments, however many devices there are.
+
+    Raises InvalidRequest, "does_not_fit", where no number of shards does.
+    """
+    most = min(job.d_sae, MOST_OF_AN_AXIS)
+    meshes = [Mesh(features=n) for n in range(1, most + 1) if job.d_sae % n == 0]
+    for mesh in meshes:
+        if job.memory(mesh).state_bytes <= memory_bytes:
+            return mesh
+    check_fits(job, meshes[-1], memory_bytes)
+    return meshes[-1]
 
 
 def pay(job: TrainJob, n_devices: int, memory_bytes: float | None) -> Choice:
