@@ -96,7 +96,8 @@ def test_a_mesh_of_auto_has_the_memory_that_the_training_needs(scene: Steered) -
     assert scene.reason(job)[0] == "too_large"
     assert "16 GPUs" in scene.reason(job)[1]
     scene.cluster.nodes = gpus(4 << 30)
-    scene.turn()
+    scene.time_s += 10.0
+    scene.turn(3)
     mesh = scene.attempt(job).assignment.mesh
     assert mesh is not None
     spec, of_job = train_spec(**fields), Mesh(dp=mesh[0], features=mesh[1])
