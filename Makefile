@@ -70,7 +70,8 @@ test-long: $(VENV)/.dev
 # Faults at random moments, of which make test meets but some: minutes, and hours with COUNT=release.
 COUNT ?= some
 chaos: $(VENV)/.dev
-	GNOMON_CHAOS=$(COUNT) $(PYTEST) -s -o timeout=0 tests/chaos tests/integration/test_service_state_machine.py
+	GNOMON_CHAOS=$(COUNT) $(PYTEST) -s -o timeout=0 tests/chaos tests/integration/test_service_state_machine.py \
+		tests/integration/test_service_garbage.py
 
 # Of the runs since the last report: COVERED=1 make test test-long, then this.
 coverage: $(VENV)/.dev
