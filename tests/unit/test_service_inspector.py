@@ -14,7 +14,7 @@ import pytest
 
 from gnomon.errors import CorruptArtifact, GnomonError, InvalidRequest, Unavailable
 from gnomon.specs import HarvestSpec
-from gnomon_service.planning.inspector import MOST_INQUIRIES, Inspector
+from gnomon_service.planning.inspector import MOST_INQUIRIES, NICENESS, Inspector
 from gnomon_storage import digests, known_digests
 from gnomon_storage.activations import ActivationStore
 from gnomon_workers.harvest import inspection
@@ -160,10 +160,24 @@ def test_too_much_memory_is_told_as_such(inputs: Path, monkeypatch: pytest.Monke
     assert inspection.answer(question)["problem"]["code"] == "unreadable_input"
 
 
+def children() -> list[psutil.Process]:
+    """Inspections of this process."""
+    return [each for each in psutil.Process().children() if "gnomon_workers.harvest.inspection" in each.cmdline()]
+
+
 def children_reading() -> list[int]:
-    """Inspections of this process that are busy."""
-    mine = [each for each in psutil.Process().children() if "gnomon_workers.harvest.inspection" in each.cmdline()]
-    return [each.pid for each in mine if each.io_counters().read_chars > 1 << 28]
+    """Those that are busy."""
+    return [each.pid for each in children() if each.io_counters().read_chars > 1 << 28]
+
+
+def test_processes_come_after_everything_else_from_their_first_import_on(inputs: Path, inspector: Inspector) -> None:
+    asking = threading.Thread(target=inspector.harvest, args=(harvest(inputs), (str(inputs),)))
+    asking.start()
+    (child,) = wait_until(children, "a process", every_s=0.005)
+    wait_until(lambda: child.nice() == NICENESS, "its priority", every_s=0.005)
+    used = child.cpu_times()
+    asking.join()
+    assert used.user + used.system < 0.5, "it has imported all there is"
 
 
 def test_the_digest_of_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
