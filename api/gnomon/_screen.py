@@ -119,7 +119,7 @@ def ran_on_text(result: object) -> str:
     """What the last attempt at a job ran on, and how fast, where its result says so."""
     match result:
         case TrainResult(run=TrainedOn() as ran):
-            return f"{ran.mesh.dp} x {ran.mesh.features} of {ran.device}, {ran.tokens_per_s:,.0f} tokens/s"
+            return f"{ran.mesh.dp} x {ran.mesh.features} of {ran.device}, {ran.tokens_per_s:,.0f} tokens/s in its steps"
         case HarvestResult(run=HarvestedOn() as ran):
             return f"{ran.n_workers} of {ran.device}"
         case _:

@@ -43,6 +43,19 @@ Scopes = Annotated[
 Project = Annotated[str, typer.Option(help="Whose key it is; projects do not see each other.")]
 
 
+def _n_bytes(text: str) -> int:
+    """Bytes from a number with or without a unit."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(-1)
+    if not 0 <= size < 1 << 63:
+        raise typer.BadParameter(f"{text!r} is no size; give bytes, or a number with a unit, as 500GB or 2TiB")
+    return int(size)
+
+
 def main() -> None:
     """Run a command; an error of ours is one line, not a traceback."""
     try:
@@ -237,7 +250,11 @@ def set_project(
     max_devices: Annotated[int | None, typer.Option(min=0, help="Devices that they may hold; 0 = any number.")] = None,
     max_store_bytes: Annotated[
         int | None,
-        typer.Option(min=0, help="Bytes of its stores; above, those used longest ago are deleted. 0 = any number."),
+        typer.Option(
+            parser=_n_bytes,
+            metavar="SIZE",
+            help="Of its stores, as 2TB or 500GiB; above, those used longest ago are deleted. 0 = any.",
+        ),
     ] = None,
     home: Home = None,
 ) -> None:

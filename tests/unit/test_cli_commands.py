@@ -19,7 +19,9 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from gnomon import _command_parts, cli
+from gnomon._job_view import show_job
 from gnomon.metrics import DensityHistogram, DictionaryMetrics, Histogram, RowFvu
+from gnomon.resources import Job
 from gnomon.specs import JobRequest
 from gnomon_service import commands, logs
 from gnomon_service.local import embedded
@@ -447,19 +449,40 @@ def test_no_command_of_the_host_is_hidden_behind_one_of_the_client() -> None:
             assert mine is None, name
 
 
-def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path) -> None:
-    def host(*words: str) -> str:
-        result = CliRunner().invoke(commands.app, [*words, "--home", str(tmp_path)])
-        assert result.exit_code == 0, result.output
-        return result.stdout
+def host(home: Path, *words: str) -> str:
+    """What a command of the host prints."""
+    result = CliRunner().invoke(commands.app, [*words, "--home", str(home)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
-    key_id = host("keys", "create", "laptop").split("_")[1]
-    titles, row = host("db", "list-keys").splitlines()
+
+def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path) -> None:
+    key_id = host(tmp_path, "keys", "create", "laptop").split("_")[1]
+    titles, row = host(tmp_path, "db", "list-keys").splitlines()
     assert titles.split() == ["ID", "NAME", "SCOPES", "CREATED", "EXPIRES", "REVOKED"]
     assert row.split()[:4] == [key_id, "laptop", "read", "write"]
-    assert json.loads(host("db", "list-keys", "--json"))[0]["revoked_at"] is None
-    assert host("db", "revoke-key", key_id) == f"{key_id} is revoked\n"
-    assert json.loads(host("db", "list-keys", "--json"))[0]["revoked_at"] is not None
+    assert json.loads(host(tmp_path, "db", "list-keys", "--json"))[0]["revoked_at"] is None
+    assert host(tmp_path, "db", "revoke-key", key_id) == f"{key_id} is revoked\n"
+    assert json.loads(host(tmp_path, "db", "list-keys", "--json"))[0]["revoked_at"] is not None
+
+
+def test_the_quota_of_a_project_s_stores_is_given_with_its_unit(tmp_path: Path) -> None:
+    for text, n_bytes in {"2TB": 2 * 10**12, "1.5 GiB": 3 * 2**29, "12": 12, "0": None}.items():
+        told = json.loads(host(tmp_path, "db", "set-project", "lab", "--max-store-bytes", text))
+        assert told["n_store_bytes_most"] == n_bytes
+    for text in ("many", "-5", "nan", "1e400GB", "9e18GB"):
+        words = ["db", "set-project", "lab", "--max-store-bytes", text, "--home", str(tmp_path)]
+        result = CliRunner().invoke(commands.app, words)
+        assert (result.exit_code, "500GB" in result.output) == (2, True), result.output
+
+
+def test_a_job_tells_losses_apart_from_attempts(capsys: pytest.CaptureFixture[str]) -> None:
+    show_job(Job.read(job(attempt=7, n_losses=2, state="running", depends_on=["job_" + "1" * 26])))
+    shown = capsys.readouterr().out
+    assert "2 in a row, of at most 5" in shown
+    assert "7 of 5" not in shown
+    assert "made from" in shown
+    assert "waits for" not in shown
 
 
 def test_stopping_is_said_before_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
