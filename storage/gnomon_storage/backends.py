@@ -24,6 +24,8 @@ T = TypeVar("T")
 TEMP_PREFIX: Final = ".tmp-"
 """Names that begin so are half-written files; they are never listed."""
 _ABSENT: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_NO_ABSENCE: Final = ("NoSuchBucket", "NoSuchUpload")
+"""What else an object store does not find; the second of a large object that is there, as the answer to it was lost."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -33,6 +35,8 @@ def mapped_errors(path: str, variables: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if any(code in str(error) for code in _NO_ABSENCE):
+            raise object_store_failed(error, repr(path), variables) from error
         if isinstance(error, FileNotFoundError) or error.errno in _ABSENT:  # obstore's has no number
             raise NotFound(f"there is no file {path!r}") from error
         if error.errno in _FULL:
@@ -56,7 +60,7 @@ def store_full(disk: str, error: OSError) -> StoreUnavailable:
     return StoreUnavailable(f"{disk} is full ({error.strerror or error}); free space", code="store_full")
 
 
-def object_store_failed(error: BaseError, what: str, variables: str) -> StoreUnavailable:
+def object_store_failed(error: BaseError | OSError, what: str, variables: str) -> StoreUnavailable:
     """The error of an object store that did not do what was asked of it."""
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return StoreUnavailable(

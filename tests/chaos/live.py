@@ -41,12 +41,12 @@ class Live:
     key: str
     inputs: Path
 
-    def submit(self, *, n_steps: int, every: int) -> str:
-        """Ask for a training with its harvest of some segments, and a checkpoint every few steps."""
+    def submit(self, *, n_steps: int, every: int, n_tokens: int = 8192) -> str:
+        """Ask for a training with its harvest, a segment for each 1024 tokens, and a checkpoint every few steps."""
         harvest = HarvestSpec(
             model=ModelSource(source=str(self.inputs / "model"), dtype="float32"),
             text=(TextSource(url=str(self.inputs / "corpus.jsonl")),), hooks=("model.layers.1",), context_length=64,
-            token_budget=8192, segment_tokens=1024,
+            token_budget=n_tokens, segment_tokens=1024,
         )  # fmt: skip
         spec = TrainSpec(
             activations=harvest, d_sae=256, activation=TopK(k=8), optimizer=Adam(lr=3e-3), batch_size=BATCH,
@@ -104,7 +104,7 @@ def live_service(home: Path, **settings: Any) -> Iterator[Live]:
     inputs = home / "inputs"
     inputs.mkdir(parents=True)
     make_glassllm(inputs / "model")
-    make_corpus(inputs / "corpus.jsonl", n_documents=300)
+    make_corpus(inputs / "corpus.jsonl")
     values = load_settings(home=home, port=0, n_cpus=3, input_roots=(str(inputs),), **settings)
     with Embedded(values) as service, Client(service.url, service.key) as client:
         yield Live(settings=values, client=client, key=service.key, inputs=inputs)
