@@ -28,7 +28,7 @@ OBJECT_STORES: Final = {
 """Schemes, of those that obstore knows, and the environment variables that obstore takes the access to each from."""
 _WRITE_ID: Final = "gnomon-write-id"
 REPEAT_S: Final = 20.0
-"""For so long a call is made again; less than the client itself tries where the store is away, so that adds nothing."""
+"""For so long a call is made again that broke off; where the store is away the client itself tries for longer."""
 FIRST_PAUSE_S: Final = 0.1
 T = TypeVar("T")
 
@@ -110,14 +110,21 @@ class ObjectBackend(Backend):
             try:
                 return super()._call(path, call)
             except StoreUnavailable as error:
-                # access that is refused, or a bucket that is not there, is not back in a moment
-                if error.code != StoreUnavailable.default_code or time.monotonic() - began > REPEAT_S:
+                if not _broke_off(error) or time.monotonic() - began > REPEAT_S:
                     raise
             time.sleep(pause_s)
             pause_s *= 2
 
     def _key(self, path: str) -> str:
         return path.removeprefix(self._bucket).removeprefix("/")
+
+
+def _broke_off(error: StoreUnavailable) -> bool:
+    """Whether a call broke off: there was no whole answer, or one about an upload that an answer before had ended.
+
+    In the words of the client, whose errors have no other mark.
+    """
+    return any(words in str(error.__cause__) for words in ("HTTP error", "NoSuchUpload"))
 
 
 def _options() -> dict[str, Any]:
