@@ -35,7 +35,7 @@ def test_a_node_that_is_lost_costs_no_job_and_no_bit(tmp_path: Path) -> None:
     ):
         undisturbed = live.trained(live.finish(submit(live)))
         made: list[str] = []
-        for _ in range(count(1, 1, 40)):
+        for _ in range(count(1, 2, 40)):
             live.forget_harvest()
             job_id = submit(live)
             harvest = when_harvesting(live, job_id)
@@ -61,7 +61,7 @@ def test_a_ray_that_is_killed_is_started_again_and_its_jobs_go_on(tmp_path: Path
     with live_service(tmp_path, retry_base_s=0.1) as live, asking(live) as answers:
         undisturbed = live.trained(live.finish(submit(live)))
         made: list[str] = []
-        for number in range(count(1, 1, 40)):
+        for number in range(count(1, 2, 40)):
             live.forget_harvest()
             job_id = submit(live)
             made += [when_harvesting(live, job_id), job_id]
