@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 import zarr
 from zarr.abc.store import Store
-from zarr.storage import WrapperStore
+from zarr.storage import MemoryStore, WrapperStore
 
 from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage.location import Location
@@ -42,8 +42,10 @@ def make_array(
     group: Location, name: str, *, shape: tuple[int, ...], chunk_rows: int, dtype: str, attributes: dict[str, Any]
 ) -> None:
     """Create an uncompressed array, chunked along its rows only, without its chunks."""
+    # Zarr's conditional puts are not made again where their answer is lost; a location's writes are.
+    made: dict[str, Buffer] = {}
     zarr.create_array(
-        group.zarr_store(read_only=False),
+        MemoryStore(made),
         name=name,
         shape=shape,
         chunks=(chunk_rows, *shape[1:]),
@@ -54,6 +56,8 @@ def make_array(
         attributes=attributes,
         zarr_format=3,
     )
+    for key, metadata in made.items():
+        group.child(key).write_bytes(metadata.to_bytes())
 
 
 def open_array(group: Location, name: str, *, shape: tuple[int, ...], chunk_rows: int, dtype: str) -> ZarrArray:
@@ -67,7 +71,7 @@ def open_array(group: Location, name: str, *, shape: tuple[int, ...], chunk_rows
     except NotFound as error:
         raise CorruptArtifact(f"{place.url} has lost its zarr.json; delete the store and harvest it again") from error
     check_metadata(metadata, place.url, shape=shape, chunk_rows=chunk_rows, dtype=dtype)
-    store = group.zarr_store(read_only=True)
+    store = group.zarr_store()
     with _pipeline(group):
         return zarr.open_array(store if group.local_path() else _StrictStore(store), path=name, mode="r", zarr_format=3)
 

@@ -361,7 +361,7 @@ def test_foreign_array_metadata_is_refused(root: Location, change: str) -> None:
 
 def test_zarr_itself_reads_the_arrays(root: Location) -> None:
     write_array(root, "acts/h.0", np.arange(15, dtype=np.uint16).reshape(5, 3), 2)
-    group = zarr.open_group(root.zarr_store(read_only=True), mode="r")
+    group = zarr.open_group(root.zarr_store(), mode="r")
     found = group["acts/h.0"]
     assert isinstance(found, zarr.Array)
     np.testing.assert_array_equal(found[:], np.arange(15).reshape(5, 3))
