@@ -77,7 +77,7 @@ class WorkingCluster(MemoryCluster):
         is_stubborn = fate.random() < self.habits.p_stubborn
         if (attempt.cancel_asked or attempt.leave_asked) and not is_stubborn:
             attempt.end("cancelled" if attempt.cancel_asked else "left")
-        elif len(attempt.reports) == n_reports and not is_stubborn:
+        elif len(attempt.reports) >= n_reports and not is_stubborn:
             self._finish(attempt, fate.random())
 
     def _finish(self, attempt: Attempt, fate: float) -> None:
