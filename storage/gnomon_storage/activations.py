@@ -1,17 +1,22 @@
-"""A sealed activation store, read: rows, contexts, and whether every byte is what was harvested."""
+"""A sealed activation store, read: rows, contexts, and whether every byte is what was harvested.
+
+Rows are read from the files of their chunks, past Zarr, which reads a missing chunk as zeros: without codecs a chunk is
+nothing but its rows. Every file is compared with what its commit says of it when it is read for the first time.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
 from gnomon.errors import CorruptArtifact, NotFound
-from gnomon_storage.arrays import Array, ZarrArray, float32_from_bfloat16, open_array, read_rows
+from gnomon_storage.arrays import Array, chunk_key, float32_from_bfloat16
 from gnomon_storage.digests import digest_of, stream_digest
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import (
@@ -26,8 +31,8 @@ Column: TypeAlias = Literal["tokens", "positions", "context_ids"]
 MANIFEST = "manifest.json"
 COLUMN_CHUNK_ROWS = 1 << 20
 """Rows in a chunk of the integer columns: 4 MB."""
-MAX_OPEN_ARRAYS: Final = 1024
-"""Arrays that a store holds open, the last used ones: some 20 kB each."""
+MOST_SEGMENTS: Final = 1024
+"""Segments whose files' digests are held in memory, those used last: some 10 kB each."""
 RAW_DTYPES = {"float32": "float32", "bfloat16": "uint16"}
 
 
@@ -37,8 +42,7 @@ class ActivationStore:
     def __init__(self, location: Location, manifest: Manifest) -> None:
         self.location = location
         self.manifest = manifest
-        self._arrays: OrderedDict[tuple[str, str], ZarrArray] = OrderedDict()
-        self._lock = Lock()
+        self._files = _CheckedFiles(self)
 
     @classmethod
     def open(cls, location: Location) -> ActivationStore:
@@ -56,9 +60,18 @@ class ActivationStore:
         return cls(location, parse_manifest(data, place.url))
 
     def read_raw(self, hook_name: str, segment: SegmentInfo, start: int, stop: int) -> Array:
-        """Rows [start, stop) of a segment as stored, (n, d_in): float32, or bfloat16 bits as uint16."""
-        shape = (segment.n_rows, self.manifest.hooks[hook_name].d_in)
-        return self._read(segment, f"acts/{hook_name}", RAW_DTYPES[self.manifest.dtype], shape, start, stop)
+        """Rows [start, stop) of a segment as stored, (n, d_in): float32, or bfloat16 bits as uint16.
+
+        Raises CorruptArtifact, as all that reads does, where a file is missing or its bytes are not those written.
+        """
+        width = self.manifest.hooks[hook_name].d_in
+        out = np.empty((stop - start, width), dtype=RAW_DTYPES[self.manifest.dtype])
+        self.read_into(out, hook_name, segment, start)
+        return out
+
+    def read_into(self, out: Array, hook_name: str, segment: SegmentInfo, start: int) -> None:
+        """Fill (n, d_in), of the stored dtype, with the rows of a segment from `start` on."""
+        self._read(out, segment, f"acts/{hook_name}", segment.chunk_rows, segment.n_rows, start)
 
     def read_rows(self, hook_name: str, segment: SegmentInfo, start: int, stop: int) -> Array:
         """Rows [start, stop) of a segment as float32 (n, d_in)."""
@@ -70,12 +83,11 @@ class ActivationStore:
 
     def column(self, segment: SegmentInfo, column: Column) -> Array:
         """One integer for every row of a segment, int32: its token, position, or number of its context."""
-        return self._read(segment, column, "int32", (segment.n_rows,), 0, segment.n_rows)
+        return self._integers(segment, column, (segment.n_rows,))
 
     def contexts(self, segment: SegmentInfo) -> Array:
         """Tokens of a segment's contexts, int32 (n_contexts, context_length); padding is -1."""
-        shape = (segment.n_contexts, self.manifest.context_length)
-        return self._read(segment, "contexts", "int32", shape, 0, segment.n_contexts)
+        return self._integers(segment, "contexts", (segment.n_contexts, self.manifest.context_length))
 
     def check_quick(self) -> None:
         """Raise CorruptArtifact unless every file is there with its right size; reads no rows."""
@@ -91,7 +103,7 @@ class ActivationStore:
 
         With n_parts > 1, part i of n reads only its share of the files; all parts together read each once.
         """
-        files = list(self._files())[part::n_parts]
+        files = list(self._all_files())[part::n_parts]
         with ThreadPoolExecutor(max_workers=2) as pool:
             for _ in pool.map(lambda item: _check_file(*item), files):
                 on_file()
@@ -109,33 +121,69 @@ class ActivationStore:
             )
         return parse_commit(data, place.url)
 
-    def _files(self) -> Iterator[tuple[Location, str, int, str]]:
+    def _all_files(self) -> Iterator[tuple[Location, str, int, str]]:
         for segment in self.manifest.segments:
             folder = self.location.child(segment.path)
             for name, file in self.commit(segment).files.items():
                 yield folder, name, file.n_bytes, file.sha256
 
-    def _read(
-        self, segment: SegmentInfo, name: str, dtype: str, shape: tuple[int, ...], start: int, stop: int
-    ) -> Array:
-        folder = self.location.child(segment.path)
-        rows = segment.chunk_rows if name.startswith("acts/") else column_chunk_rows(shape)
-        array = self._opened(folder, name, lambda: open_array(folder, name, shape=shape, chunk_rows=rows, dtype=dtype))
-        return read_rows(array, folder, name, start, stop)
+    def _integers(self, segment: SegmentInfo, name: str, shape: tuple[int, ...]) -> Array:
+        out = np.empty(shape, dtype=np.int32)
+        self._read(out, segment, name, column_chunk_rows(shape), shape[0], 0)
+        return out
 
-    def _opened(self, folder: Location, name: str, make: Callable[[], ZarrArray]) -> ZarrArray:
-        """An array that is open already, or is now; the one that was not used for longest makes room for it."""
-        key = (folder.path, name)
+    def _read(self, out: Array, segment: SegmentInfo, name: str, chunk_rows: int, n_rows: int, start: int) -> None:
+        """Fill an array with rows from `start` on, of an array of n_rows."""
+        stop = start + len(out)
+        if not 0 <= start <= stop <= n_rows:
+            raise IndexError(f"rows [{start}, {stop}) of {name!r}, which has {n_rows}")
+        stored, chunk_shape = out.dtype.newbyteorder("<"), (chunk_rows, *out.shape[1:])
+        n_bytes = int(np.prod(chunk_shape)) * stored.itemsize
+        for chunk in range(start // chunk_rows, -(-stop // chunk_rows)):
+            data = self._files.read(segment, f"{name}/{chunk_key(chunk, out.ndim)}", n_bytes)
+            first = chunk * chunk_rows
+            here, there = max(start, first), min(stop, first + chunk_rows)
+            rows = np.frombuffer(data, dtype=stored).reshape(chunk_shape)
+            out[here - start : there - start] = rows[here - first : there - first]
+
+
+@dataclass(slots=True)
+class _CheckedFiles:
+    """Files of a store's segments, each compared with its commit when it is read for the first time."""
+
+    store: ActivationStore
+    _wanted: OrderedDict[str, dict[str, str]] = field(default_factory=OrderedDict)
+    """By segment the digest of each file, or "" once it was compared."""
+    _lock: Lock = field(default_factory=Lock)
+
+    def read(self, segment: SegmentInfo, name: str, n_bytes: int) -> bytes:
+        """All bytes of a file that must have so many; raises CorruptArtifact."""
+        folder, wanted = self.store.location.child(segment.path), self._of(segment)
+        try:
+            data = folder.child(name).read_bytes()
+        except NotFound as error:
+            raise _damaged(folder, name, "is missing") from error
+        if len(data) != n_bytes:
+            raise _damaged(folder, name, f"has {len(data)} bytes, wanted {n_bytes}")
+        if wanted.get(name) != "":
+            if digest_of(data) != wanted.get(name):
+                raise _damaged(folder, name, "holds other bytes than were written")
+            wanted[name] = ""
+        return data
+
+    def _of(self, segment: SegmentInfo) -> dict[str, str]:
+        """The digests of a segment's files; the segment that was not used for longest makes room for them."""
         with self._lock:
-            if key in self._arrays:
-                self._arrays.move_to_end(key)
-                return self._arrays[key]
-        array = make()  # without the lock: others may read meanwhile, and one that is opened twice does no harm
+            if segment.path in self._wanted:
+                self._wanted.move_to_end(segment.path)
+                return self._wanted[segment.path]
+        # without the lock: others may read meanwhile, and a commit that is read twice does no harm
+        wanted = {name: file.sha256 for name, file in self.store.commit(segment).files.items()}
         with self._lock:
-            self._arrays[key] = array
-            while len(self._arrays) > MAX_OPEN_ARRAYS:
-                self._arrays.popitem(last=False)
-        return array
+            wanted = self._wanted.setdefault(segment.path, wanted)
+            while len(self._wanted) > MOST_SEGMENTS:
+                self._wanted.popitem(last=False)
+        return wanted
 
 
 def column_chunk_rows(shape: tuple[int, ...]) -> int:

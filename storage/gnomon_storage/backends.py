@@ -171,7 +171,7 @@ class Backend(ABC):
                 shutil.copyfileobj(stream, file, 1 << 22)
 
     @abstractmethod
-    def zarr_store(self, path: str, *, read_only: bool) -> Store:
+    def zarr_store(self, path: str) -> Store:
         """A Zarr store whose root is the folder."""
 
     def _file_info(self, path: str) -> dict[str, Any]:

@@ -44,10 +44,10 @@ class LocalBackend(Backend):
         with self._mapped(path), _filled_beside(Path(path), lambda new: self._fs.put_file(str(local), new)) as new:
             new.replace(path)
 
-    def zarr_store(self, path: str, *, read_only: bool) -> Store:
-        from zarr.storage import LocalStore  # the zarrs pipeline reads it past Python
+    def zarr_store(self, path: str) -> Store:
+        from zarr.storage import LocalStore
 
-        return LocalStore(path, read_only=read_only)
+        return LocalStore(path)
 
 
 @contextmanager

@@ -181,9 +181,9 @@ class Location:
         """The path where this is a local file or folder; None for object stores."""
         return Path(self.path) if self.scheme == "file" else None
 
-    def zarr_store(self, *, read_only: bool) -> Store:
+    def zarr_store(self) -> Store:
         """A Zarr store whose root is this folder."""
-        return self._backend().zarr_store(self._full_path, read_only=read_only)
+        return self._backend().zarr_store(self._full_path)
 
     def _download_file(self, local: Path) -> None:
         self._backend().download_file(self._full_path, local)

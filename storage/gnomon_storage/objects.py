@@ -86,12 +86,12 @@ class ObjectBackend(Backend):
             with self._mapped(path):
                 obstore.delete(self._store, keys)
 
-    def zarr_store(self, path: str, *, read_only: bool) -> Store:
+    def zarr_store(self, path: str) -> Store:
         # Zarr asks for ranges without an end, which FsspecStore does not have.
         from zarr.storage import ObjectStore
 
         store = from_url(f"{self._url}/{quote(self._key(path))}", **_options())
-        return ObjectStore(store, read_only=read_only)
+        return ObjectStore(store)
 
     def _key(self, path: str) -> str:
         return path.removeprefix(self._bucket).removeprefix("/")

@@ -186,8 +186,7 @@ class BatchReader:
 
         def read(item: tuple[int, ChunkRef]) -> None:
             number, chunk = item
-            rows = self._store.read_raw(self._hook_name, chunk.segment, chunk.start, chunk.stop)
-            raw[bounds[number] : bounds[number + 1]] = rows
+            self._store.read_into(raw[bounds[number] : bounds[number + 1]], self._hook_name, chunk.segment, chunk.start)
 
         for _ in self._readers.map(read, enumerate(chunks)):
             pass

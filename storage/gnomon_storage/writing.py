@@ -131,7 +131,7 @@ class SegmentWriter:
         """Write rows as one chunk of an array whose chunks have n_rows rows.
 
         The bytes go to the store directly: an uncompressed chunk is nothing but its rows, the digest is then of
-        exactly what was written, and zarrs would leave a chunk of zeros out, which could not be told from a lost one.
+        exactly what was written, and Zarr would leave a chunk of zeros out, which could not be told from a lost one.
         """
         if len(block) < n_rows:  # the last chunk of an array is filled up
             missing = np.zeros((n_rows - len(block), *block.shape[1:]), dtype=block.dtype)

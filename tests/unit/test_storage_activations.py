@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage import activations, writing
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import float32_from_bfloat16
+from gnomon_storage.digests import digest_of
 from gnomon_storage.location import Location
 from gnomon_storage.writing import leftovers, load_commit
 from tests.support.activation_stores import HOOKS, known_rows, make_counted_store, seal_store, write_segment
@@ -218,8 +220,63 @@ def test_too_few_rows_are_not_committed(tmp_path: Path) -> None:
         writer.commit()
 
 
-def test_a_store_of_many_arrays_holds_a_few_of_them_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "MAX_OPEN_ARRAYS", 2)
+def test_every_damaged_file_that_is_read_is_detected_by_its_reader(tmp_path: Path) -> None:
+    """Missing, short, long, or other bytes: before a row of it is given out, whoever reads and whatever was read."""
+    make_counted_store(tmp_path / "whole", sizes=(600, 300))
+    n_damaged = n_whole = 0
+    n_files = len(files_of(tmp_path / "whole"))
+    for number, path in enumerate(files_of(tmp_path / "whole") * 4):
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "whole", copy)
+        target = copy / path.relative_to(tmp_path / "whole")
+        data = bytearray(target.read_bytes())
+        data[number * 7919 % len(data)] ^= 1 << number % 8
+        damaged = [None, bytes(data[:-1]), target.read_bytes() + b"x", bytes(data)][number // n_files]
+        if damaged is None:
+            target.unlink()
+        else:
+            target.write_bytes(damaged)
+        if target.name == "zarr.json":
+            n_whole += read_all(copy)  # what nobody reads harms nobody; `verify` finds it
+        else:
+            with pytest.raises((CorruptArtifact, NotFound)):
+                read_all(copy)
+            n_damaged += 1
+        shutil.rmtree(copy)
+    assert n_damaged > 80
+    assert n_whole > 20
+
+
+def read_all(folder: Path) -> bool:
+    """Read every row and column of a store."""
+    store = ActivationStore.open(Location.open(str(folder)))
+    for segment in store.manifest.segments:
+        for hook_name in HOOKS:
+            store.read_rows(hook_name, segment, 0, segment.n_rows)
+        for column in ("tokens", "positions", "context_ids"):
+            store.column(segment, column)
+        store.contexts(segment)
+    return True
+
+
+def test_a_file_is_compared_once_and_by_whoever_reads_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_counted_store(tmp_path)
+    store = ActivationStore.open(Location.open(str(tmp_path)))
+    n_compared = Counter[int]()
+
+    def counted(data: bytes) -> str:
+        n_compared[len(data)] += 1
+        return digest_of(data)
+
+    monkeypatch.setattr(activations, "digest_of", counted)
+    segment = store.manifest.split("segments")[0]
+    for _ in range(3):
+        store.read_rows("layers.0", segment, 0, segment.n_rows)
+    assert sorted(n_compared.values()) == [1, 1], "the commit, and the one chunk"
+
+
+def test_a_store_of_many_segments_holds_the_digests_of_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "MOST_SEGMENTS", 2)
     make_counted_store(tmp_path)
     store = ActivationStore.open(Location.open(str(tmp_path)))
     segments = store.manifest.split("segments")
@@ -229,21 +286,10 @@ def test_a_store_of_many_arrays_holds_a_few_of_them_open(tmp_path: Path, monkeyp
         rows = store.read_rows("layers.0", segment, 0, segment.n_rows)
         first = sum(before.n_rows for before in segments[: number % len(segments)])
         np.testing.assert_array_equal(rows, known_rows(first, segment.n_rows, 8))
-        assert len(store._arrays) <= 2 + 4, "one more of each thread at most"
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(read, range(60)))
-    assert len(segments) > 2 >= len(store._arrays)
-
-
-def test_the_array_that_was_used_last_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "MAX_OPEN_ARRAYS", 2)
-    make_counted_store(tmp_path)
-    store = ActivationStore.open(Location.open(str(tmp_path)))
-    first, second, third = store.manifest.split("segments")
-    for segment in (first, second, first, third):
+    assert len(segments) > 2 >= len(store._files._wanted)
+    for segment in (segments[0], segments[1], segments[0], segments[2]):
         store.read_rows("layers.0", segment, 0, 1)
-    assert [path.rsplit("/", 2)[1] + "/" + path.rsplit("/", 1)[1] for path, _ in store._arrays] == [
-        first.path,
-        third.path,
-    ]
+    assert list(store._files._wanted) == [segments[0].path, segments[2].path], "those used last"
