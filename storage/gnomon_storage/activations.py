@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from gnomon.errors import CorruptArtifact, NotFound
-from gnomon_storage.arrays import Array, chunk_key, float32_from_bfloat16
+from gnomon_storage.arrays import Array, chunk_key
 from gnomon_storage.digests import digest_of, stream_digest
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import (
@@ -26,6 +26,7 @@ from gnomon_storage.manifest import (
     parse_commit,
     parse_manifest,
 )
+from gnomon_storage.rows import decode, raw_dtype, raw_width
 
 Column: TypeAlias = Literal["tokens", "positions", "context_ids"]
 MANIFEST = "manifest.json"
@@ -33,7 +34,6 @@ COLUMN_CHUNK_ROWS = 1 << 20
 """Rows in a chunk of the integer columns: 4 MB."""
 MOST_SEGMENTS: Final = 1024
 """Segments whose files' digests are held in memory, those used last: some 10 kB each."""
-RAW_DTYPES = {"float32": "float32", "bfloat16": "uint16"}
 
 
 class ActivationStore:
@@ -60,17 +60,21 @@ class ActivationStore:
         return cls(location, parse_manifest(data, place.url))
 
     def read_raw(self, hook_name: str, segment: SegmentInfo, start: int, stop: int) -> Array:
-        """Rows [start, stop) of a segment as stored, (n, d_in): float32, or bfloat16 bits as uint16.
+        """Rows [start, stop) of a segment as stored, (n, width); see `gnomon_storage.rows`.
 
         Raises CorruptArtifact, as all that reads does, where a file is missing or its bytes are not those written.
         """
-        width = self.manifest.hooks[hook_name].d_in
-        out = np.empty((stop - start, width), dtype=RAW_DTYPES[self.manifest.dtype])
+        out = self.empty(hook_name, stop - start)
         self.read_into(out, hook_name, segment, start)
         return out
 
+    def empty(self, hook_name: str, n_rows: int) -> Array:
+        """Room for so many rows of a hook as they are stored."""
+        dtype = self.manifest.dtype
+        return np.empty((n_rows, raw_width(dtype, self.manifest.hooks[hook_name].d_in)), dtype=raw_dtype(dtype))
+
     def read_into(self, out: Array, hook_name: str, segment: SegmentInfo, start: int) -> None:
-        """Fill (n, d_in), of the stored dtype, with the rows of a segment from `start` on."""
+        """Fill what `empty` gave with the rows of a segment from `start` on."""
         self._read(out, segment, f"acts/{hook_name}", segment.chunk_rows, segment.n_rows, start)
 
     def read_rows(self, hook_name: str, segment: SegmentInfo, start: int, stop: int) -> Array:
@@ -79,7 +83,7 @@ class ActivationStore:
 
     def decode(self, raw: Array) -> Array:
         """Float32 values of rows as `read_raw` gives them."""
-        return raw if self.manifest.dtype == "float32" else float32_from_bfloat16(raw)
+        return decode(raw, self.manifest.dtype)
 
     def column(self, segment: SegmentInfo, column: Column) -> Array:
         """One integer for every row of a segment, int32: its token, position, or number of its context."""

@@ -12,14 +12,6 @@ from gnomon_storage.location import Location
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
-def float32_from_bfloat16(raw: Array) -> Array:
-    """The float32 values of bfloat16 bits held as uint16."""
-    out = np.zeros((*raw.shape, 2), dtype="<u2")
-    out[..., 1] = raw
-    values: Array = out.view("<f4")[..., 0]
-    return values
-
-
 def make_array(
     group: Location, name: str, *, shape: tuple[int, ...], chunk_rows: int, dtype: str, attributes: dict[str, Any]
 ) -> None:

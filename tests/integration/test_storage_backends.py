@@ -17,14 +17,14 @@ from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound, StoreUnavai
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import (
     chunk_key,
-    float32_from_bfloat16,
     make_array,
 )
 from gnomon_storage.location import Location
+from gnomon_storage.rows import float32_from_bfloat16
 from gnomon_storage.shuffle import BatchReader
 from tests.support.activation_stores import make_counted_store
-from tests.support.bfloat16 import bfloat16_from_float32
 from tests.support.seaweed import environment, new_place, s3_server
+from tests.support.stored_rows import bfloat16_from_float32
 
 
 @pytest.fixture(scope="module")

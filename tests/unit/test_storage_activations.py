@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from gnomon.errors import CorruptArtifact, NotFound
 from gnomon_storage import activations, writing
 from gnomon_storage.activations import ActivationStore
-from gnomon_storage.arrays import float32_from_bfloat16
 from gnomon_storage.digests import digest_of
 from gnomon_storage.location import Location
+from gnomon_storage.manifest import SegmentCommit
+from gnomon_storage.rows import decode, float32_from_bfloat16
 from gnomon_storage.writing import leftovers, load_commit
 from tests.support.activation_stores import HOOKS, known_rows, make_counted_store, seal_store, write_segment
-from tests.support.bfloat16 import bfloat16_from_float32
+from tests.support.stored_rows import as_stored, bfloat16_from_float32
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -71,6 +73,51 @@ def test_bfloat16_is_stored_as_its_bits(tmp_path: Path) -> None:
     assert store.read_raw("layers.0", segment, 0, 300).dtype == np.uint16
     rows = known_rows(0, 300, 8)
     np.testing.assert_allclose(store.read_rows("layers.0", segment, 0, 300), rows, rtol=2**-8)
+
+
+def test_int8_is_stored_with_a_scale_for_each_row(tmp_path: Path) -> None:
+    store = make_counted_store(tmp_path, sizes=(300,), dtype="int8")
+    segment = store.manifest.segments[0]
+    raw = store.read_raw("layers.0", segment, 0, 300)
+    assert (raw.dtype.name, raw.shape) == ("uint8", (300, 12))
+    rows, given = store.read_rows("layers.0", segment, 0, 300), known_rows(0, 300, 8)
+    steps = np.abs(given).max(1, keepdims=True) / 127
+    assert np.all(np.abs(rows - given) <= 0.501 * steps)
+    np.testing.assert_array_equal(store.read_rows("layers.0", segment, 17, 99), rows[17:99])
+    np.testing.assert_allclose(store.manifest.hooks["layers.0"].mean, rows.astype(float).mean(0), rtol=1e-9)
+    opened = zarr.open_group(Location.open(str(tmp_path)).child(segment.path).zarr_store(), mode="r")
+    array = opened["acts/layers.0"]
+    assert isinstance(array, zarr.Array)
+    np.testing.assert_array_equal(np.asarray(array[:]), raw)
+    assert array.attrs["dtype"] == "int8"
+
+
+def test_rows_of_zeros_and_of_the_smallest_numbers_are_stored_as_int8() -> None:
+    rows = np.array([[0.0, 0.0], [1e-45, 0.0], [-3e38, 1e30]], np.float32)
+    decoded = decode(as_stored(rows, "int8"), "int8")
+    assert np.isfinite(decoded).all()
+    np.testing.assert_allclose(decoded, rows, rtol=1e-6, atol=3e38 / 250)
+    np.testing.assert_array_equal(decoded[0], [0.0, 0.0])
+
+
+def test_what_rounding_took_is_a_share_of_the_variance(tmp_path: Path) -> None:
+    """Of the training rows of all segments; unknown where one of them did not measure it."""
+    rows = known_rows(0, 500, 8) + 100.0
+    location, index = Location.open(str(tmp_path)), np.zeros(250, np.int32)
+
+    def write(number: int, squared_errors: dict[str, float] | None) -> SegmentCommit:
+        writer = writing.SegmentWriter(
+            location, split="segments", index=number, attempt=1, hooks={"h": 8}, dtype="float32",
+            contexts=np.zeros((1, 4), np.int32), tokens=index, positions=index, context_ids=index, n_tokens=4,
+        )  # fmt: skip
+        writer.append({"h": rows[250 * number :][:250]}, squared_errors)
+        return writer.commit()
+
+    commits = [write(0, {"h": 3.0}), write(1, {"h": 5.0})]
+    variance = ((rows.astype(float) - rows.astype(float).mean(0)) ** 2).sum()
+    assert writing.summarise(commits)["h"].rounding_error == pytest.approx(8.0 / variance, rel=1e-6)
+    location.delete()
+    assert writing.summarise([write(0, {"h": 3.0}), write(1, None)])["h"].rounding_error is None
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
