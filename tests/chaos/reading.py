@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table, select, text
 
 from gnomon_service.db.engine import Database, database_now
 from gnomon_service.db.tables import activation_stores, attempts, dictionaries, job_dependencies, job_events, jobs
@@ -59,6 +59,8 @@ def read_history(database: Database, sent: Sent | None = None) -> History:
     with database.read() as connection:
         if database.dialect == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
+            # to take in a table of many jobs may take longer than a process may stand still in a transaction
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         stores = _rows(connection, activation_stores)
         return History(
             jobs={row["id"]: row for row in _rows(connection, jobs)},

@@ -154,7 +154,7 @@ def post_for_ever(is_ready: Event, url: str, api_key: str, inputs: Path, diary_p
     with httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=LIMIT_S) as client:
         for number in itertools.count(len(diary.sent().keys)):
             while not post_one(client, diary, f"key-{number}", inputs, number):
-                if stop.wait(pause_s):
+                if stop.wait(max(pause_s, 0.1)):
                     return
             if stop.wait(pause_s):
                 return
