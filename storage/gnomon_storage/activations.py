@@ -7,7 +7,7 @@ nothing but its rows. Every file is compared with what its commit says of it whe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
@@ -23,6 +23,7 @@ from gnomon_storage.manifest import (
     Manifest,
     SegmentCommit,
     SegmentInfo,
+    StoredFile,
     parse_commit,
     parse_manifest,
 )
@@ -34,6 +35,9 @@ COLUMN_CHUNK_ROWS = 1 << 20
 """Rows in a chunk of the integer columns: 4 MB."""
 MOST_SEGMENTS: Final = 1024
 """Segments whose files' digests are held in memory, those used last: some 10 kB each."""
+
+N_VERIFYING: Final = 2
+"""Files read at once where all are: digests are made beside each other."""
 
 
 class ActivationStore:
@@ -102,15 +106,18 @@ class ActivationStore:
                 if found.get(name) != file.n_bytes:
                     raise _damaged(folder, name, f"has {found.get(name)} bytes, wanted {file.n_bytes}")
 
-    def verify(self, *, part: int = 0, n_parts: int = 1, on_file: Callable[[], None] = lambda: None) -> None:
-        """Raise CorruptArtifact unless the bytes of every file are what was written; on_file is called after each.
-
-        With n_parts > 1, part i of n reads only its share of the files; all parts together read each once.
-        """
-        files = list(self._all_files())[part::n_parts]
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            for _ in pool.map(lambda item: _check_file(*item), files):
-                on_file()
+    def damages(self) -> Iterator[CorruptArtifact]:
+        """Read every byte, and give an error for each file that is not as it was written."""
+        with ThreadPoolExecutor(max_workers=N_VERIFYING) as pool:
+            for segment in self.manifest.segments:
+                folder = self.location.child(segment.path)
+                try:
+                    files = self.commit(segment).files
+                except CorruptArtifact as error:
+                    yield error
+                    continue
+                found = pool.map(lambda item, folder=folder: _damage(folder, *item), files.items())  # type: ignore[misc]
+                yield from filter(None, found)
 
     def commit(self, segment: SegmentInfo) -> SegmentCommit:
         """The commit of a segment; raises CorruptArtifact where it is missing or not the one sealed."""
@@ -124,12 +131,6 @@ class ActivationStore:
                 f"{place.url} is not the commit that was sealed; delete the store and harvest it again"
             )
         return parse_commit(data, place.url)
-
-    def _all_files(self) -> Iterator[tuple[Location, str, int, str]]:
-        for segment in self.manifest.segments:
-            folder = self.location.child(segment.path)
-            for name, file in self.commit(segment).files.items():
-                yield folder, name, file.n_bytes, file.sha256
 
     def _integers(self, segment: SegmentInfo, name: str, shape: tuple[int, ...]) -> Array:
         out = np.empty(shape, dtype=np.int32)
@@ -196,16 +197,16 @@ def column_chunk_rows(shape: tuple[int, ...]) -> int:
     return max(1, min(shape[0], COLUMN_CHUNK_ROWS // width or 1))
 
 
-def _check_file(folder: Location, name: str, n_bytes: int, sha256: str) -> None:
+def _damage(folder: Location, name: str, file: StoredFile) -> CorruptArtifact | None:
+    """What is wrong with a file, if anything is."""
     try:
         with folder.child(name).open_read() as stream:
             digest, size = stream_digest(stream)
-    except NotFound as error:
-        raise _damaged(folder, name, "is missing") from error
-    if size != n_bytes:
-        raise _damaged(folder, name, f"has {size} bytes, wanted {n_bytes}")
-    if digest != sha256:
-        raise _damaged(folder, name, "holds other bytes than were written")
+    except NotFound:
+        return _damaged(folder, name, "is missing")
+    if size != file.n_bytes:
+        return _damaged(folder, name, f"has {size} bytes, wanted {file.n_bytes}")
+    return None if digest == file.sha256 else _damaged(folder, name, "holds other bytes than were written")
 
 
 def _damaged(folder: Location, name: str, what: str) -> CorruptArtifact:

@@ -336,7 +336,7 @@ def test_zarr_itself_reads_the_arrays(root: Location) -> None:
 def test_a_whole_activation_store(root: Location) -> None:
     store = make_counted_store(root.url, sizes=(300, 200), dtype="bfloat16")
     store.check_quick()
-    store.verify()
+    assert list(store.damages()) == []
     with BatchReader(store, "layers.0", seed=0, batch_size=100) as batches:
         numbers = [int(row[0]) for step in range(5) for row in batches.batch(step, 0, 100)]
     # bfloat16 holds whole numbers exactly to 256 only
