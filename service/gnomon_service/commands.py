@@ -117,7 +117,10 @@ def _share_one_heap() -> None:
 @app.command()
 def dispatcher(
     requeue: Annotated[
-        bool, typer.Option("--requeue", help="On SIGTERM queue running jobs again: for a cluster that stops too.")
+        bool,
+        typer.Option(
+            "--requeue", help="On SIGTERM queue running jobs again, on SIGHUP as lost: for a cluster that stops too."
+        ),
     ] = False,
 ) -> None:
     """Run the dispatcher process; SIGTERM leaves running jobs on the cluster for the next one."""
@@ -138,15 +141,15 @@ def dispatcher(
     settings = load_settings()
     settings.make_folders()
     setup_logging("dispatcher", settings.log_level)
-    stop = threading.Event()
-    _set_on_signals(stop)
+    stop, has_gone = threading.Event(), threading.Event()
+    _set_on_signals(stop, has_gone)
     # Ray's own wait for a head ends this process after a while; here a cluster may come up as late as it likes.
     if settings.ray_address is not None and not wait_for_address(settings.ray_address, stop):
         return
     database = Database(settings.database_url)
     database.migrate()
     cluster = RayCluster.connect(address=settings.ray_address, namespace=settings.ray_namespace)
-    _set_on_signals(stop)  # again: connecting to Ray replaced the handlers
+    _set_on_signals(stop, has_gone)  # again: connecting to Ray replaced the handlers
     owner = f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
     observations = Observations(database)
     retry = RetryPolicy(base_s=settings.retry_base_s, cap_s=settings.retry_cap_s)
@@ -157,6 +160,7 @@ def dispatcher(
         cluster=cluster,
         settings=settings,
         ends_with_cluster=requeue,
+        has_gone=has_gone,
         owner=owner,
     )
     rules = Rules(resumable_days=settings.resumable_days, store_days=settings.store_days)
@@ -167,12 +171,14 @@ def dispatcher(
     database.close()
 
 
-def _set_on_signals(stop: threading.Event) -> None:
-    def on_signal(_: int, __: FrameType | None) -> None:
+def _set_on_signals(stop: threading.Event, has_gone: threading.Event) -> None:
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            has_gone.set()
         stop.set()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, on_signal)
 
 
 def _print_error(error: GnomonError) -> None:

@@ -164,7 +164,8 @@ def verify_store(
     layout = ProjectLayout.of(load_settings(home=home).project_root, _check_project(project))
     store = ActivationStore.open(layout.store(store_id))
     n_damaged = 0
-    for n_damaged, error in enumerate(store.damages(), 1):
+    for error in store.damages():
+        n_damaged += 1
         typer.echo(error.message)
     typer.echo(f"{store.manifest.n_bytes:,} bytes were read: {n_damaged or 'no'} damaged", err=True)
     raise typer.Exit(int(n_damaged > 0))

@@ -116,7 +116,7 @@ class ActivationStore:
                 except CorruptArtifact as error:
                     yield error
                     continue
-                found = pool.map(lambda item, folder=folder: _damage(folder, *item), files.items())  # type: ignore[misc]
+                found = pool.map(lambda item, folder=folder: _damage(folder, *item), files.items())
                 yield from filter(None, found)
 
     def commit(self, segment: SegmentInfo) -> SegmentCommit:

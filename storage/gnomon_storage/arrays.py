@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from gnomon_storage.location import Location
 
@@ -16,8 +18,10 @@ def make_array(
     group: Location, name: str, *, shape: tuple[int, ...], chunk_rows: int, dtype: str, attributes: dict[str, Any]
 ) -> None:
     """Create an uncompressed array, chunked along its rows only, without its chunks."""
+    # Zarr's conditional puts are not made again where their answer is lost; a location's writes are.
+    made: dict[str, Buffer] = {}
     zarr.create_array(
-        group.zarr_store(),
+        MemoryStore(made),
         name=name,
         shape=shape,
         chunks=(chunk_rows, *shape[1:]),
@@ -28,6 +32,8 @@ def make_array(
         attributes=attributes,
         zarr_format=3,
     )
+    for key, metadata in made.items():
+        group.child(key).write_bytes(metadata.to_bytes())
 
 
 def chunk_key(chunk: int, n_dims: int) -> str:

@@ -8,7 +8,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Final, TypeVar, cast
 
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fsspec import AbstractFileSystem
-    from zarr.abc.store import Store
 
+T = TypeVar("T")
 TEMP_PREFIX: Final = ".tmp-"
 """Names that begin so are half-written files; they are never listed."""
 _ABSENT: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_NO_ABSENCE: Final = ("NoSuchBucket", "NoSuchUpload")
+"""What else an object store does not find; the second of a large object that is there, as the answer to it was lost."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -32,6 +34,8 @@ def mapped_errors(path: str, variables: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if any(code in str(error) for code in _NO_ABSENCE):
+            raise object_store_failed(error, repr(path), variables) from error
         if isinstance(error, FileNotFoundError) or error.errno in _ABSENT:  # obstore's has no number
             raise NotFound(f"there is no file {path!r}") from error
         if error.errno in _FULL:
@@ -55,7 +59,7 @@ def store_full(disk: str, error: OSError) -> StoreUnavailable:
     return StoreUnavailable(f"{disk} is full ({error.strerror or error}); free space", code="store_full")
 
 
-def object_store_failed(error: BaseError, what: str, variables: str) -> StoreUnavailable:
+def object_store_failed(error: BaseError | OSError, what: str, variables: str) -> StoreUnavailable:
     """The error of an object store that did not do what was asked of it."""
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return StoreUnavailable(
@@ -82,28 +86,24 @@ class Backend(ABC):
 
     def read(self, path: str) -> bytes:
         """All bytes of one file."""
-        with self._mapped(path):
-            return bytes(self._fs.cat_file(path))
+        return bytes(self._call(path, lambda: self._fs.cat_file(path)))
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of one file; fewer where the file ends earlier."""
         end = min(end, self.size(path))  # object stores refuse a range that begins past the end
         if start >= end:
             return b""
-        with self._mapped(path):
-            return bytes(self._fs.cat_file(path, start=start, end=end))
+        return bytes(self._call(path, lambda: self._fs.cat_file(path, start=start, end=end)))
 
     def open(self, path: str) -> BinaryIO:
         """A seekable stream of one file."""
         n_bytes = self.size(path)
-        with self._mapped(path):
-            file = self._fs.open(path, "rb", size=n_bytes, buffer_size=self.stream_bytes)
+        file = self._call(path, lambda: self._fs.open(path, "rb", size=n_bytes, buffer_size=self.stream_bytes))
         return cast("BinaryIO", io.BufferedReader(_Stream(file, self._mapped, path), self.stream_bytes))
 
     def write(self, path: str, data: bytes) -> None:
         """Put a whole file; readers see the old bytes or the new, never a mixture."""
-        with self._mapped(path):
-            self._fs.pipe_file(path, data)
+        self._call(path, lambda: self._fs.pipe_file(path, data))
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:
@@ -116,8 +116,7 @@ class Backend(ABC):
 
     def exists(self, path: str) -> bool:
         """Whether a file or a folder with something in it is there."""
-        with self._mapped(path):
-            return bool(self._fs.exists(path))
+        return bool(self._call(path, lambda: self._fs.exists(path)))
 
     def size(self, path: str) -> int:
         """Bytes of one file."""
@@ -131,8 +130,7 @@ class Backend(ABC):
     def list(self, path: str) -> list[str]:
         """Names of the files and folders directly in a folder, sorted; empty where there is no folder."""
         try:
-            with self._mapped(path):
-                found = [place.rstrip("/") for place in self._fs.ls(path, detail=False)]
+            found = [place.rstrip("/") for place in self._call(path, lambda: self._fs.ls(path, detail=False))]
         except NotFound:
             return []
         names = {place.rsplit("/", 1)[-1] for place in found if place != path}  # a file lists itself
@@ -140,8 +138,7 @@ class Backend(ABC):
 
     def walk(self, path: str) -> dict[str, int]:
         """Bytes of every file under a folder, by relative path; links are not followed."""
-        with self._mapped(path):
-            found = self._fs.find(path, detail=True)
+        found = self._call(path, lambda: self._fs.find(path, detail=True))
         folder = path.rstrip("/") + "/"
         sizes = {
             place.removeprefix(folder): int(info["size"])
@@ -159,8 +156,7 @@ class Backend(ABC):
 
     def upload_file(self, path: str, local: Path) -> None:
         """Put one local file, atomically."""
-        with self._mapped(path):
-            self._fs.put_file(str(local), path)
+        self._call(path, lambda: self._fs.put_file(str(local), path))
 
     def download_file(self, path: str, local: Path) -> None:
         """Copy one file to a local path."""
@@ -170,16 +166,16 @@ class Backend(ABC):
             with local.open("wb") as file:
                 shutil.copyfileobj(stream, file, 1 << 22)
 
-    @abstractmethod
-    def zarr_store(self, path: str) -> Store:
-        """A Zarr store whose root is the folder."""
-
     def _file_info(self, path: str) -> dict[str, Any]:
-        with self._mapped(path):
-            info: dict[str, Any] = self._fs.info(path)
+        info: dict[str, Any] = self._call(path, lambda: self._fs.info(path))
         if info["type"] != "file":
             raise NotFound(f"there is no file {path!r}")
         return info
+
+    def _call(self, path: str, call: Callable[[], T]) -> T:
+        """What a call of the file system gives, with mapped errors; it may be made more than once."""
+        with self._mapped(path):
+            return call()
 
     def _mapped(self, path: str) -> AbstractContextManager[None]:
         return mapped_errors(path, self._variables)

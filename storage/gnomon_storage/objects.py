@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
-from urllib.parse import quote
+from functools import partial
+from typing import Any, ClassVar, Final, TypeVar, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.fsspec import FsspecStore
 from obstore.store import from_url
 
-from gnomon.errors import NotFound
+from gnomon.errors import NotFound, StoreUnavailable
 from gnomon_storage.backends import Backend
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 OBJECT_STORES: Final = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
 }
 """Schemes, of those that obstore knows, and the environment variables that obstore takes the access to each from."""
 _WRITE_ID: Final = "gnomon-write-id"
+REPEAT_S: Final = 20.0
+"""For so long a call is made again that broke off; where the store is away the client itself tries for longer."""
+FIRST_PAUSE_S: Final = 0.1
+T = TypeVar("T")
 
 
 class ObjectBackend(Backend):
@@ -41,23 +44,25 @@ class ObjectBackend(Backend):
         self._store = from_url(self._url, **_options())
 
     def create(self, path: str, data: bytes) -> bool:
-        # FsspecStore ignores mode="create" and overwrites; this is the conditional put. The client repeats a request
-        # whose answer was lost, and then meets its own object: the id tells it from another writer's.
+        # FsspecStore ignores mode="create" and overwrites; this is the conditional put. A request whose answer was
+        # lost is repeated, and then meets its own object: the id tells it from another writer's.
         write_id = uuid.uuid4().hex
-        with self._mapped(path):
+
+        def put() -> bool:
             try:
                 obstore.put(self._store, self._key(path), data, mode="create", attributes={_WRITE_ID: write_id})
             except AlreadyExistsError:
                 return obstore.get(self._store, self._key(path)).attributes.get(_WRITE_ID) == write_id
-        return True
+            return True
+
+        return self._call(path, put)
 
     def is_file(self, path: str) -> bool:
         # FsspecStore calls every failure an absence; and some servers answer for the bucket as if it were a file.
         if path == self._bucket:
             return False
         try:
-            with self._mapped(path):
-                obstore.head(self._store, self._key(path))
+            self._call(path, lambda: obstore.head(self._store, self._key(path)))
         except NotFound:
             return False
         return True
@@ -66,14 +71,14 @@ class ObjectBackend(Backend):
         # FsspecStore believes a server that goes on naming a folder whose last file is gone.
         if self.is_file(path):
             return True
-        with self._mapped(path):
-            return any(page for page in obstore.list(self._store, self._key(path), chunk_size=1))
+        pages = partial(obstore.list, self._store, self._key(path), chunk_size=1)
+        return self._call(path, lambda: any(page for page in pages()))
 
     def walk(self, path: str) -> dict[str, int]:
         # FsspecStore lists one folder at a time, and every chunk of an array has a folder of its own.
         folder = self._key(path + "/")
-        with self._mapped(path):
-            items = [item for page in obstore.list(self._store, folder, chunk_size=1000) for item in page]
+        pages = partial(obstore.list, self._store, folder, chunk_size=1000)
+        items = self._call(path, lambda: [item for page in pages() for item in page])
         sizes = {item["path"].removeprefix(folder): int(item["size"]) for item in items}
         return dict(sorted(sizes.items()))
 
@@ -83,18 +88,32 @@ class ObjectBackend(Backend):
         if self.is_file(path):
             keys.append(self._key(path))
         if keys:
-            with self._mapped(path):
-                obstore.delete(self._store, keys)
+            self._call(path, lambda: obstore.delete(self._store, keys))
 
-    def zarr_store(self, path: str) -> Store:
-        # Zarr asks for ranges without an end, which FsspecStore does not have.
-        from zarr.storage import ObjectStore
-
-        store = from_url(f"{self._url}/{quote(self._key(path))}", **_options())
-        return ObjectStore(store)
+    def _call(self, path: str, call: Callable[[], T]) -> T:
+        # The client repeats what the store refused, and what it knows to change nothing. A list, a deletion, a
+        # conditional put or a part of a large object whose answer breaks off it leaves to us: all that are called here
+        # may be made again.
+        began, pause_s = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            try:
+                return super()._call(path, call)
+            except StoreUnavailable as error:
+                if not _broke_off(error) or time.monotonic() - began > REPEAT_S:
+                    raise
+            time.sleep(pause_s)
+            pause_s *= 2
 
     def _key(self, path: str) -> str:
         return path.removeprefix(self._bucket).removeprefix("/")
+
+
+def _broke_off(error: StoreUnavailable) -> bool:
+    """Whether a call broke off: there was no whole answer, or one about an upload that an answer before had ended.
+
+    In the words of the client, whose errors have no other mark.
+    """
+    return any(words in str(error.__cause__) for words in ("HTTP error", "NoSuchUpload"))
 
 
 def _options() -> dict[str, Any]:

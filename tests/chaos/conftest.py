@@ -16,7 +16,7 @@ from tests.support.databases import DIALECTS, fresh_database
 __all__ = ["database"]
 
 # They watch processes against the clock: beside others they take minutes, and only `make chaos` has those.
-_CLOCKED = ("clocks", "full_disk", "garbage", "kills", "outages", "pauses")
+_CLOCKED = ("clocks", "failing_store", "full_disk", "garbage", "kills", "outages", "pauses", "ray_loss")
 collect_ignore = [] if IS_CHAOS else [f"test_{name}.py" for name in _CLOCKED]
 
 

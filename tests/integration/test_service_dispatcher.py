@@ -262,6 +262,21 @@ def test_a_clean_stop_of_dispatcher_and_cluster_is_no_loss(scene: Scene) -> None
     assert scene.bench.job(job.id).state == "cancelled"
 
 
+def test_the_end_of_its_own_cluster_is_a_loss_of_what_ran_there(scene: Scene) -> None:
+    """A job that ends the cluster itself would else do so again and again."""
+    job = scene.bench.submit(max_attempts=2)
+    scene.dispatcher.ends_with_cluster = True
+    scene.dispatcher.has_gone.set()
+    for state in ("queued", "failed"):
+        scene.turn()
+        assert scene.bench.job(job.id).state == "running"
+        scene.dispatcher.hand_back()
+        scene.cluster.attempts.clear()
+        assert scene.bench.job(job.id).state == state
+    (lost, _) = [event.data for event in scene.bench.events(job.id) if "code" in event.data]
+    assert (lost["code"], lost["message"]) == ("attempt_lost", "the Ray of this service ended, with all that ran there")
+
+
 def test_a_deadline_stops_a_running_job(scene: Scene) -> None:
     job = scene.bench.submit(deadline_s=1)
     scene.turn()

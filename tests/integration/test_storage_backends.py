@@ -24,7 +24,7 @@ from gnomon_storage.rows import float32_from_bfloat16
 from gnomon_storage.shuffle import BatchReader
 from tests.support.activation_stores import make_counted_store
 from tests.support.seaweed import environment, new_place, s3_server
-from tests.support.stored_rows import bfloat16_from_float32
+from tests.support.stored_rows import bfloat16_from_float32, zarr_store_of
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_root_with_odd_characters_is_taken_literally(root: Location, name: str
     assert odd.list() == ["x", "y"]
     write_array(odd, "z", np.arange(3, dtype=np.int32), 2)
     assert sorted(odd.child("z").walk()) == ["c/0", "c/1", "zarr.json"]
-    np.testing.assert_array_equal(np.asarray(zarr.open_array(odd.zarr_store(), path="z", mode="r")[:]), [0, 1, 2])
+    np.testing.assert_array_equal(np.asarray(zarr.open_array(zarr_store_of(odd), path="z", mode="r")[:]), [0, 1, 2])
     odd.delete()
     assert root.walk() == {"ab/x": 5}
 
@@ -327,7 +327,7 @@ def write_array(root: Location, name: str, values: np.ndarray[Any, np.dtype[Any]
 
 def test_zarr_itself_reads_the_arrays(root: Location) -> None:
     write_array(root, "acts/h.0", np.arange(15, dtype=np.uint16).reshape(5, 3), 2)
-    group = zarr.open_group(root.zarr_store(), mode="r")
+    group = zarr.open_group(zarr_store_of(root), mode="r")
     found = group["acts/h.0"]
     assert isinstance(found, zarr.Array)
     np.testing.assert_array_equal(found[:], np.arange(15).reshape(5, 3))

@@ -20,3 +20,13 @@ def own_processes(words: str) -> list[psutil.Process]:
 def own_pids(words: str) -> list[int]:
     """Their ids."""
     return [process.pid for process in own_processes(words)]
+
+
+def own_programs(name: str) -> list[int]:
+    """Ids of descendants that run this program."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == name and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found

@@ -38,12 +38,18 @@ def local_ray(*, n_cpus: int, **options: Any) -> Iterator[None]:
 
 
 class TwoMachines:
-    """A Ray whose second node, of as many cores as the first, comes and goes."""
+    """A Ray whose second node comes and goes."""
 
     def __init__(self, cluster: Any, n_cpus: int) -> None:
+        """n_cpus: cores of the second."""
         self._cluster = cluster
         self._n_cpus = n_cpus
         self.add_second()
+
+    @property
+    def address(self) -> str:
+        """Where drivers connect."""
+        return str(self._cluster.address)
 
     def add_second(self) -> None:
         """Let it come."""
@@ -55,8 +61,8 @@ class TwoMachines:
 
 
 @contextmanager
-def two_machines(*, n_cpus: int = 1) -> Iterator[TwoMachines]:
-    """Two nodes of n_cpus cores each on this machine, gone afterwards."""
+def two_machines(*, n_cpus: int = 1, n_cpus_of_second: int | None = None) -> Iterator[TwoMachines]:
+    """Two nodes on this machine, of n_cpus cores each unless the second has others; gone afterwards."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -71,7 +77,7 @@ def two_machines(*, n_cpus: int = 1) -> Iterator[TwoMachines]:
             cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
     try:
-        yield TwoMachines(cluster, n_cpus)
+        yield TwoMachines(cluster, n_cpus_of_second or n_cpus)
     finally:
         ray.shutdown()
         with patch("ray._common.utils.reset_ray_address"):

@@ -1,11 +1,14 @@
-"""Rows as a harvest stores them, made in NumPy, for made-up rows."""
+"""Rows as a harvest stores them, made in NumPy, for made-up rows; and files as Zarr itself reads them."""
 
 from __future__ import annotations
 
 import numpy as np
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from gnomon.specs import StoredDtype
 from gnomon_storage.arrays import Array
+from gnomon_storage.location import Location
 
 
 def as_stored(values: Array, dtype: StoredDtype) -> Array:
@@ -28,3 +31,9 @@ def bfloat16_from_float32(values: Array) -> Array:
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return np.where(is_nan, (bits >> 16) | 0x40, rounded).astype("<u2")
+
+
+def zarr_store_of(folder: Location) -> MemoryStore:
+    """All files of a folder as a store of Zarr's."""
+    buffer = default_buffer_prototype().buffer
+    return MemoryStore({name: buffer.from_bytes(folder.child(name).read_bytes()) for name in folder.walk()})

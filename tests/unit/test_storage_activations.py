@@ -21,7 +21,7 @@ from gnomon_storage.manifest import SegmentCommit
 from gnomon_storage.rows import decode, float32_from_bfloat16
 from gnomon_storage.writing import leftovers, load_commit
 from tests.support.activation_stores import HOOKS, known_rows, make_counted_store, seal_store, write_segment
-from tests.support.stored_rows import as_stored, bfloat16_from_float32
+from tests.support.stored_rows import as_stored, bfloat16_from_float32, zarr_store_of
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -85,7 +85,7 @@ def test_int8_is_stored_with_a_scale_for_each_row(tmp_path: Path) -> None:
     assert np.all(np.abs(rows - given) <= 0.501 * steps)
     np.testing.assert_array_equal(store.read_rows("layers.0", segment, 17, 99), rows[17:99])
     np.testing.assert_allclose(store.manifest.hooks["layers.0"].mean, rows.astype(float).mean(0), rtol=1e-9)
-    opened = zarr.open_group(Location.open(str(tmp_path)).child(segment.path).zarr_store(), mode="r")
+    opened = zarr.open_group(zarr_store_of(store.location.child(segment.path)), mode="r")
     array = opened["acts/layers.0"]
     assert isinstance(array, zarr.Array)
     np.testing.assert_array_equal(np.asarray(array[:]), raw)

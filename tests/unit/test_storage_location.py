@@ -121,3 +121,11 @@ def test_every_os_error_becomes_one_of_ours() -> None:
         with pytest.raises(StoreUnavailable) as caught, mapped_errors("/x"):
             raise OSError(number, os.strerror(number))
         assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("said", "code"), [("NoSuchBucket", "no_bucket"), ("NoSuchUpload", "store_unavailable")])
+def test_not_everything_that_an_object_store_does_not_find_is_an_absent_file(said: str, code: str) -> None:
+    """A job would end with a file that is not there, where it should wait for its bucket, or put the file again."""
+    with pytest.raises(StoreUnavailable) as caught, mapped_errors("bucket/x"):
+        raise FileNotFoundError(f"Object at location x not found: 404 Not Found: <Error><Code>{said}</Code></Error>")
+    assert caught.value.code == code

@@ -13,7 +13,7 @@ from gnomon_service.jobs.held import HeldJob, Lease, Wish
 from gnomon_service.jobs.leases import Leases
 from gnomon_service.settings import Settings
 from gnomon_storage.layout import ProjectLayout
-from gnomon_workers.runtime.protocol import Assignment, Cluster, ClusterUnreachable, Outcome
+from gnomon_workers.runtime.protocol import Assignment, AttemptDied, Cluster, ClusterUnreachable, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class Attempts:
             self._advance(run, wish)
         except ClusterUnreachable as error:
             logger.warning("cluster unreachable; the job is left alone", extra={**job, "reason": str(error)})
+        except AttemptDied as error:
+            self._lose(run, str(error))
         except LeaseLost as error:
             self._let_go(run, error)
         except Unavailable:

@@ -44,6 +44,8 @@ class Dispatcher:
     """Unlike that of any other dispatcher, past or present."""
     ends_with_cluster: bool = False
     """Whether the cluster stops when this dispatcher does: its jobs are then queued again, and not left to another."""
+    has_gone: threading.Event = field(default_factory=threading.Event)
+    """Set where such a cluster has ended by itself: what ran there is lost."""
     clock: Callable[[], float] = time.monotonic
     _runs: dict[str, Run] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -102,8 +104,10 @@ class Dispatcher:
                 continue  # the next write of the loop meets it too, and acts on it
 
     def hand_back(self) -> None:
-        """Let go of every lease at once; the gangs go on and are adopted, unless the cluster stops too."""
-        give = self._stopped if self.ends_with_cluster else self.leases.hand_back
+        """Let go of every lease at once; the gangs go on and are adopted, unless the cluster stops or has gone."""
+        give = self.leases.hand_back
+        if self.ends_with_cluster:
+            give = self._lost if self.has_gone.is_set() else self._stopped
         for run in self._held_runs():
             try:
                 give(run.lease)
@@ -117,6 +121,9 @@ class Dispatcher:
 
     def _stopped(self, lease: Lease) -> None:
         self.leases.put_back(lease, "the service was stopped")
+
+    def _lost(self, lease: Lease) -> None:
+        self.leases.lose(lease, "the Ray of this service ended, with all that ran there")
 
     def _schedule(self) -> None:
         """Start what can be started, if this is the dispatcher that leads; a decision may cost a tenth of the time."""

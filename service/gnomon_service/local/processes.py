@@ -36,7 +36,7 @@ class Child:
     log: Path
     """Where its output goes; appended to, and rotated (see `log_files`)."""
     needs: Child | None = None
-    """When that one is started again, this one is too."""
+    """When that one has died and was started again, this one is hung up on (SIGHUP), and started again too."""
     grace_s: float = 10.0
     """Time it has to end after SIGTERM."""
     _process: subprocess.Popen[bytes] | None = field(default=None)
@@ -77,11 +77,11 @@ class Child:
         self._n_failures = 0 if lived_s > _HEALTHY_S else self._n_failures + 1
         return min(_LONGEST_PAUSE_S, 0.1 * 2.0**self._n_failures)
 
-    def stop(self) -> None:
-        """End the process: SIGTERM, and SIGKILL after the grace."""
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the process: a signal, and SIGKILL after the grace."""
         if self._process is None:
             return
-        self._process.terminate()
+        self._process.send_signal(number)
         try:
             self._process.wait(self.grace_s)
         except subprocess.TimeoutExpired:
@@ -142,7 +142,7 @@ class ChildProcesses:
         child.start()
         for other in self._children:
             if other.needs is child and other.is_alive:
-                other.stop()  # and revived in the next round
+                other.stop(signal.SIGHUP)  # and revived in the next round
 
 
 def sweep(marker: str, folder: Path | None, *, grace_s: float = 3.0) -> int:

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from gnomon_workers.attempts.gpu_memory import gpu_memory_bytes
 from gnomon_workers.attempts.supervisor import Supervisor
-from gnomon_workers.runtime.protocol import Assignment, ClusterSnapshot, ClusterUnreachable, NodeSnapshot, Poll
+from gnomon_workers.runtime.deaths import cause_of
+from gnomon_workers.runtime.protocol import (
+    Assignment,
+    AttemptDied,
+    ClusterSnapshot,
+    ClusterUnreachable,
+    NodeSnapshot,
+    Poll,
+)
 
 ANSWER_S: Final = 15.0
 """Longest wait for a supervisor's answer before it counts as silent; it then holds up no other job any more."""
@@ -30,6 +38,10 @@ class _Silent:
 
     asked: Any
     since: float
+
+
+class _Away(ClusterUnreachable):
+    """A supervisor cannot be reached, which may be there again in a moment: Ray will say if it is dead."""
 
 
 class RayCluster:
@@ -55,7 +67,10 @@ class RayCluster:
         ray.shutdown()
 
     def start(self, assignment: Assignment) -> None:
-        """Begin an attempt; returns once its supervisor is placed. Starting the same attempt twice is harmless."""
+        """Begin an attempt; returns once its supervisor is placed. Starting the same attempt twice is harmless.
+
+        Raises AttemptDied where it ended at once.
+        """
 
         def begin() -> None:
             supervisor: Any = (
@@ -76,7 +91,10 @@ class RayCluster:
         self._answering(begin)
 
     def poll(self, job_id: str, attempt: int, after: int) -> Poll | None:
-        """Reports with seq > after; None if the cluster knows no such attempt (never begun, or lost)."""
+        """Reports with seq > after; None if the cluster knows no such attempt (never begun, or lost).
+
+        Raises AttemptDied where it is seen to be lost.
+        """
         supervisor = self._find(job_id, attempt)
         if supervisor is None:
             return None
@@ -85,9 +103,9 @@ class RayCluster:
         asked = silent.asked if silent else supervisor.poll.remote(after)
         try:
             poll: Poll = self._answering(lambda: ray.get(asked, timeout=0.0 if silent else ANSWER_S))
-        except RayActorError:
+        except (_Away, AttemptDied):
             self._silent.pop(name, None)
-            return None
+            raise
         except ClusterUnreachable:
             self.snapshot()  # the cluster answers, so it is this supervisor that does not
             silent = self._silent.setdefault(name, _Silent(asked=asked, since=time.monotonic()))
@@ -141,8 +159,10 @@ class RayCluster:
         """Run a call; whatever says that the cluster does not answer becomes ClusterUnreachable."""
         try:
             return call()
-        except RayActorError:
-            raise
+        except ActorUnavailableError as error:
+            raise _Away(cause_of(error)) from error
+        except RayActorError as error:
+            raise AttemptDied(f"the attempt died: {cause_of(error)}") from error
         except (RayError, GetTimeoutError, ConnectionError, TimeoutError, RuntimeError) as error:
             raise ClusterUnreachable(str(error).strip().split("\n", 1)[0]) from error
 

@@ -16,7 +16,8 @@ import ray
 
 from gnomon.events import Logged
 from gnomon_workers.runtime.answers import value_of
-from gnomon_workers.runtime.gang import BEAT_EVERY_S, Gang, RoomWait, lost_as_such
+from gnomon_workers.runtime.deaths import lost_as_such
+from gnomon_workers.runtime.gang import BEAT_EVERY_S, Gang, RoomWait
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 
 MAX_LOSSES: Final = 3

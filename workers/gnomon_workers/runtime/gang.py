@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gnomon.errors import Unavailable
 from gnomon_workers.runtime.answers import value_of
+from gnomon_workers.runtime.deaths import lost_as_such
 from gnomon_workers.runtime.devices import Devices, free_devices
 from gnomon_workers.runtime.reporting import Reporter, WorkerLost
 
@@ -279,24 +280,3 @@ def _no_room(devices: Devices, n_members: int) -> Unavailable:
         "are free",
         code="no_room",
     )
-
-
-class lost_as_such:  # noqa: N801 - used as a function
-    """A context manager that turns Ray's ways of losing a worker into WorkerLost."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RayActorError | WorkerCrashedError):
-            raise WorkerLost(f"a worker died: {_first_line(error)}") from error
-        if isinstance(error, RayTaskError):
-            raise WorkerLost(f"a worker failed: {_last_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rsplit("\n", 1)[-1]

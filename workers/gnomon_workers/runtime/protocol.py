@@ -154,14 +154,24 @@ class ClusterUnreachable(Exception):
     """The cluster does not answer: nothing is known of the gangs on it. Doubt never fails a job."""
 
 
+class AttemptDied(Exception):
+    """An attempt was there and is gone, for a reason that is known."""
+
+
 class Cluster(Protocol):
     """Where attempts run. Every method raises ClusterUnreachable where the cluster does not answer."""
 
     def start(self, assignment: Assignment) -> None:
-        """Begin an attempt; returns once its supervisor is placed. Starting the same attempt twice is harmless."""
+        """Begin an attempt; returns once its supervisor is placed. Starting the same attempt twice is harmless.
+
+        Raises AttemptDied where it ended at once.
+        """
 
     def poll(self, job_id: str, attempt: int, after: int) -> Poll | None:
-        """Reports with seq > after; None if the cluster knows no such attempt (never begun, or lost)."""
+        """Reports with seq > after; None if the cluster knows no such attempt (never begun, or lost).
+
+        Raises AttemptDied where it is seen to be lost.
+        """
 
     def cancel(self, job_id: str, attempt: int) -> None:
         """Ask an attempt to stop; it ends with outcome "cancelled"."""

@@ -17,8 +17,9 @@ from gnomon.resources import TrainedDictionary, TrainedOn, TrainResult
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints, latest_common, remove_unfinished
 from gnomon_workers.dictionaries.folder import published
 from gnomon_workers.runtime import failpoints
+from gnomon_workers.runtime.deaths import lost_as_such
 from gnomon_workers.runtime.devices import Devices
-from gnomon_workers.runtime.gang import Gang, lost_as_such
+from gnomon_workers.runtime.gang import Gang
 from gnomon_workers.runtime.protocol import Assignment, Report
 from gnomon_workers.runtime.reporting import Left, Reporter, WorkerLost
 from gnomon_workers.sae.costs import checkpoint_bytes
