@@ -524,7 +524,7 @@ def test_stopping_is_said_before_it_is_done(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
 
     monkeypatch.setattr(embedded, "Embedded", Slow)
-    monkeypatch.setattr("gnomon_service.commands.threading.Event", Interrupted)
+    monkeypatch.setattr("gnomon_service.commands.serving.threading.Event", Interrupted)
     monkeypatch.setattr(logs, "setup_logging", lambda *_: None)
     said = CliRunner().invoke(commands.app, ["up", "--home", str(tmp_path)]).stdout.splitlines()
     assert said[-3:] == [

@@ -1,4 +1,4 @@
-"""Commands for the host that runs the service; the `gnomon` command finds them by their entry point."""
+"""Commands that run the service: all of it, or one of its processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gnomon.errors import GnomonError
-from gnomon_service.host_commands import Home, db_app, keys_app
+from gnomon_service.commands.host import Home
 
 if TYPE_CHECKING:
     from gnomon_service.settings import Settings
@@ -26,17 +25,6 @@ _M_ARENA_MAX = -8
 """Of malloc.h."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(keys_app, name="keys")
-app.add_typer(db_app, name="db")
-
-
-def main() -> None:
-    """Run a command; an error of ours is one line, not a traceback."""
-    try:
-        app()
-    except GnomonError as error:
-        _print_error(error)
-        sys.exit(1)
 
 
 @app.command(epilog="Example: `gnomon up --cpus 4`")
@@ -179,7 +167,3 @@ def _set_on_signals(stop: threading.Event, has_gone: threading.Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
-
-
-def _print_error(error: GnomonError) -> None:
-    typer.echo(f"error: {error.message} ({error.code})", err=True)
