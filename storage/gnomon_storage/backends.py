@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fsspec import AbstractFileSystem
-    from zarr.abc.store import Store
 
 T = TypeVar("T")
 TEMP_PREFIX: Final = ".tmp-"
@@ -166,10 +165,6 @@ class Backend(ABC):
             local.parent.mkdir(parents=True, exist_ok=True)
             with local.open("wb") as file:
                 shutil.copyfileobj(stream, file, 1 << 22)
-
-    @abstractmethod
-    def zarr_store(self, path: str) -> Store:
-        """A Zarr store to read from, whose root is the folder."""
 
     def _file_info(self, path: str) -> dict[str, Any]:
         info: dict[str, Any] = self._call(path, lambda: self._fs.info(path))

@@ -7,14 +7,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fsspec.implementations.local import LocalFileSystem
 
 from gnomon_storage.backends import TEMP_PREFIX, Backend
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 
 class LocalBackend(Backend):
@@ -43,11 +39,6 @@ class LocalBackend(Backend):
     def upload_file(self, path: str, local: Path) -> None:
         with self._mapped(path), _filled_beside(Path(path), lambda new: self._fs.put_file(str(local), new)) as new:
             new.replace(path)
-
-    def zarr_store(self, path: str) -> Store:
-        from zarr.storage import LocalStore  # the zarrs pipeline reads it past Python
-
-        return LocalStore(path, read_only=True)
 
 
 @contextmanager

@@ -14,15 +14,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from gnomon.errors import CorruptArtifact, InvalidRequest, NotFound, StoreUnavailable
 from gnomon_storage.backends import TEMP_PREFIX, Backend
 from gnomon_storage.local import LocalBackend
 from gnomon_storage.objects import OBJECT_STORES, ObjectBackend
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 SCHEMES = ("file", *OBJECT_STORES)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
@@ -180,10 +177,6 @@ class Location:
     def local_path(self) -> Path | None:
         """The path where this is a local file or folder; None for object stores."""
         return Path(self.path) if self.scheme == "file" else None
-
-    def zarr_store(self) -> Store:
-        """A Zarr store to read from, whose root is this folder."""
-        return self._backend().zarr_store(self._full_path)
 
     def _download_file(self, local: Path) -> None:
         self._backend().download_file(self._full_path, local)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gnomon.errors import CorruptArtifact
-from gnomon.specs import Dtype
+from gnomon.specs import StoredDtype
 from gnomon_storage.digests import combine
 
 Split: TypeAlias = Literal["segments", "held_out"]
@@ -38,6 +38,9 @@ class HookSums(Record):
     """Sum of the rows, (d_in,)."""
     squared_norm: float
     """Sum of the rows' squared norms."""
+    squared_error: float | None = None
+    """Sum of the squared distances between the rows and what the model gave, before it was rounded to be stored; None
+    where that was not measured."""
 
 
 class SegmentCommit(Record):
@@ -89,6 +92,9 @@ class HookInfo(Record):
     """Mean of the rows to train on, (d_in,)."""
     mean_squared_norm: float
     """Mean of their squared norms."""
+    rounding_error: float | None = None
+    """Mean squared distance of the rows from what the model gave, as a share of their variance: what no dictionary can
+    explain. None where it was not measured."""
 
 
 class Manifest(Record):
@@ -100,7 +106,7 @@ class Manifest(Record):
     spec: dict[str, Any]
     """The harvest spec."""
     hooks: dict[str, HookInfo]
-    dtype: Dtype
+    dtype: StoredDtype
     context_length: Annotated[int, Field(ge=1)]
     n_rows: Count
     n_held_out_rows: Count

@@ -8,8 +8,7 @@ import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
-from urllib.parse import quote
+from typing import Any, ClassVar, Final, TypeVar, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
@@ -18,9 +17,6 @@ from obstore.store import from_url
 
 from gnomon.errors import NotFound, StoreUnavailable
 from gnomon_storage.backends import Backend
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 OBJECT_STORES: Final = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
@@ -93,13 +89,6 @@ class ObjectBackend(Backend):
             keys.append(self._key(path))
         if keys:
             self._call(path, lambda: obstore.delete(self._store, keys))
-
-    def zarr_store(self, path: str) -> Store:
-        # Zarr asks for ranges without an end, which FsspecStore does not have.
-        from zarr.storage import ObjectStore
-
-        store = from_url(f"{self._url}/{quote(self._key(path))}", **_options())
-        return ObjectStore(store, read_only=True)
 
     def _call(self, path: str, call: Callable[[], T]) -> T:
         # The client repeats what the store refused, and what it knows to change nothing. A list, a deletion, a

@@ -18,6 +18,7 @@ from gnomon.errors import InvalidRequest
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.arrays import Array
 from gnomon_storage.manifest import SegmentInfo
+from gnomon_storage.rows import row_bytes
 
 BUFFER_BYTES: Final = 256 << 20
 """Bytes of rows that are shuffled together; part of the order, so it must not depend on the machine."""
@@ -114,7 +115,7 @@ class BatchReader:
         self._chunks = chunk_table(store)
         # By the widest hook, so that the rows of every hook of the store come in the same order.
         widest = max(hook.d_in for hook in store.manifest.hooks.values())
-        n_bytes = max(chunk.n_rows for chunk in self._chunks) * widest * _itemsize(store)
+        n_bytes = max(chunk.n_rows for chunk in self._chunks) * row_bytes(store.manifest.dtype, widest)
         self._order = RowOrder(
             [chunk.n_rows for chunk in self._chunks], seed=seed, buffer_chunks=max(1, buffer_bytes // n_bytes)
         )
@@ -181,13 +182,11 @@ class BatchReader:
             return _Buffer(chunks=plan.chunks, order=plan.order, raw=present.result().raw)
         chunks = [self._chunks[number] for number in plan.chunks]
         bounds = np.cumsum([0, *(chunk.n_rows for chunk in chunks)])
-        dtype = np.uint16 if self._store.manifest.dtype == "bfloat16" else np.float32
-        raw = np.empty((int(bounds[-1]), self._d_in), dtype=dtype)
+        raw = self._store.empty(self._hook_name, int(bounds[-1]))
 
         def read(item: tuple[int, ChunkRef]) -> None:
             number, chunk = item
-            rows = self._store.read_raw(self._hook_name, chunk.segment, chunk.start, chunk.stop)
-            raw[bounds[number] : bounds[number + 1]] = rows
+            self._store.read_into(raw[bounds[number] : bounds[number + 1]], self._hook_name, chunk.segment, chunk.start)
 
         for _ in self._readers.map(read, enumerate(chunks)):
             pass
@@ -218,7 +217,3 @@ def _width(store: ActivationStore, hook_name: str) -> int:
             code="unknown_hook",
         )
     return info.d_in
-
-
-def _itemsize(store: ActivationStore) -> int:
-    return 2 if store.manifest.dtype == "bfloat16" else 4

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gnomon.errors import NotFound
-from gnomon.specs import Dtype
-from gnomon_storage.activations import MANIFEST, RAW_DTYPES, ActivationStore, column_chunk_rows
-from gnomon_storage.arrays import Array, chunk_key, float32_from_bfloat16, make_array
+from gnomon.specs import StoredDtype
+from gnomon_storage.activations import MANIFEST, ActivationStore, column_chunk_rows
+from gnomon_storage.arrays import Array, chunk_key, make_array
 from gnomon_storage.digests import canonical_json, digest_of
 from gnomon_storage.local import sync_tree
 from gnomon_storage.location import Location
@@ -26,6 +26,7 @@ from gnomon_storage.manifest import (
     segment_name,
     segment_path,
 )
+from gnomon_storage.rows import decode, raw_dtype, raw_width, row_bytes
 
 CHUNK_BYTES = {"file": 4 << 20, "s3": 16 << 20}
 """Target size of a chunk: object stores want fewer, larger requests."""
@@ -48,7 +49,7 @@ class SegmentWriter:
         index: int,
         attempt: int,
         hooks: Mapping[str, int],
-        dtype: Dtype,
+        dtype: StoredDtype,
         contexts: Array,
         tokens: Array,
         positions: Array,
@@ -69,18 +70,18 @@ class SegmentWriter:
         self._folder.delete()  # left by an earlier life of the same attempt
         self._chunk_rows = rows_per_chunk(self._n_rows, max(hooks.values()), dtype, store.scheme)
         self._files: dict[str, StoredFile] = {}
-        self._columns = {
-            name: _Column(self, f"acts/{name}", d_in, RAW_DTYPES[dtype], {"dtype": dtype})
-            for name, d_in in hooks.items()
-        }
+        self._columns = {name: _Column(self, f"acts/{name}", d_in, dtype) for name, d_in in hooks.items()}
         columns = {"tokens": tokens, "positions": positions, "context_ids": context_ids, "contexts": contexts}
         for name, values in columns.items():
             self._write_column(name, values)
 
-    def append(self, rows: Mapping[str, Array]) -> None:
-        """Add the next rows of every hook, each (n, d_in) as stored: float32, or bfloat16 bits as uint16."""
+    def append(self, rows: Mapping[str, Array], squared_errors: Mapping[str, float] | None = None) -> None:
+        """Add the next rows of every hook, each (n, width) as stored (see `gnomon_storage.rows`).
+
+        squared_errors: by hook, the sum of the rows' squared distances from what the model gave; None: not measured.
+        """
         for name, column in self._columns.items():
-            column.append(rows[name])
+            column.append(rows[name], None if squared_errors is None else squared_errors[name])
 
     def commit(self) -> SegmentCommit:
         """Make the segment part of the store; where another attempt was first, drop this one and return that."""
@@ -131,7 +132,7 @@ class SegmentWriter:
         """Write rows as one chunk of an array whose chunks have n_rows rows.
 
         The bytes go to the store directly: an uncompressed chunk is nothing but its rows, the digest is then of
-        exactly what was written, and zarrs would leave a chunk of zeros out, which could not be told from a lost one.
+        exactly what was written, and Zarr would leave a chunk of zeros out, which could not be told from a lost one.
         """
         if len(block) < n_rows:  # the last chunk of an array is filled up
             missing = np.zeros((n_rows - len(block), *block.shape[1:]), dtype=block.dtype)
@@ -154,18 +155,25 @@ class SegmentWriter:
 class _Column:
     """Rows of one hook: gathered into whole chunks, summed, written once each."""
 
-    def __init__(self, writer: SegmentWriter, name: str, d_in: int, dtype: str, attributes: dict[str, Any]) -> None:
+    def __init__(self, writer: SegmentWriter, name: str, d_in: int, dtype: StoredDtype) -> None:
         self._writer = writer
         self._name = name
-        shape, chunk_rows = (writer.n_rows, d_in), writer.chunk_rows
-        make_array(writer.folder, name, shape=shape, chunk_rows=chunk_rows, dtype=dtype, attributes=attributes)
-        self._buffer = np.empty((chunk_rows, d_in), dtype=dtype)
+        self._dtype = dtype
+        chunk_rows, width, raw = writer.chunk_rows, raw_width(dtype, d_in), raw_dtype(dtype)
+        shape, attributes = (writer.n_rows, width), {"dtype": dtype}
+        make_array(writer.folder, name, shape=shape, chunk_rows=chunk_rows, dtype=raw, attributes=attributes)
+        self._buffer = np.empty((chunk_rows, width), dtype=raw)
         self._n_buffered = 0
         self._n_written = 0
         self._total = np.zeros(d_in)
         self._squared_norm = 0.0
+        self._squared_error: float | None = 0.0
 
-    def append(self, rows: Array) -> None:
+    def append(self, rows: Array, squared_error: float | None) -> None:
+        if squared_error is None or self._squared_error is None:
+            self._squared_error = None
+        else:
+            self._squared_error += squared_error
         while len(rows):
             n_rows = min(len(rows), len(self._buffer) - self._n_buffered)
             self._buffer[self._n_buffered : self._n_buffered + n_rows] = rows[:n_rows]
@@ -179,26 +187,27 @@ class _Column:
             self._flush()
         if self._n_written != self._writer.n_rows:
             raise ValueError(f"{self._name}: {self._n_written} rows were written of {self._writer.n_rows}")
-        return HookSums(total=tuple(self._total.tolist()), squared_norm=self._squared_norm)
+        return HookSums(
+            total=tuple(self._total.tolist()), squared_norm=self._squared_norm, squared_error=self._squared_error
+        )
 
     def _flush(self) -> None:
         block = self._buffer[: self._n_buffered]
         chunk_rows = len(self._buffer)
         self._writer.write_chunk(self._name, self._n_written // chunk_rows, block, chunk_rows)
-        values = (float32_from_bfloat16(block) if block.dtype == np.uint16 else block).astype(np.float64)
+        values = decode(block, self._dtype).astype(np.float64)
         self._total += values.sum(0)
         self._squared_norm += float(np.einsum("ij,ij->", values, values))
         self._n_written += len(block)
         self._n_buffered = 0
 
 
-def rows_per_chunk(n_rows: int, d_in: int, dtype: Dtype, scheme: str) -> int:
+def rows_per_chunk(n_rows: int, d_in: int, dtype: StoredDtype, scheme: str) -> int:
     """Rows in a chunk of about CHUNK_BYTES, a multiple of ROW_MULTIPLE; all rows of a smaller segment.
 
     d_in is the widest hook's, so that the rows of every hook are chunked, and shuffled, alike.
     """
-    n_bytes = d_in * (2 if dtype == "bfloat16" else 4)
-    fitting = CHUNK_BYTES[scheme] // n_bytes // ROW_MULTIPLE * ROW_MULTIPLE
+    fitting = CHUNK_BYTES[scheme] // row_bytes(dtype, d_in) // ROW_MULTIPLE * ROW_MULTIPLE
     return max(1, min(n_rows, max(ROW_MULTIPLE, fitting)))
 
 
@@ -216,7 +225,7 @@ def load_commit(store: Location, split: Split, index: int) -> SegmentCommit | No
         return None
 
 
-def seal(store: Location, commits: list[SegmentCommit], *, dtype: Dtype, **fields: Any) -> ActivationStore:
+def seal(store: Location, commits: list[SegmentCommit], *, dtype: StoredDtype, **fields: Any) -> ActivationStore:
     """Write the manifest over the committed segments; where another attempt was first, return what it sealed.
 
     `fields` are the manifest's that do not follow from the commits: store_id, spec, context_length, packing, drop,
@@ -239,18 +248,27 @@ def seal(store: Location, commits: list[SegmentCommit], *, dtype: Dtype, **field
 
 
 def summarise(commits: list[SegmentCommit]) -> dict[str, HookInfo]:
-    """Mean and mean squared norm of every hook, divided once over the sums of all segments."""
-    n_rows = sum(commit.n_rows for commit in commits)
+    """Means of every hook, divided once over the sums of all segments."""
+    n_rows = max(1, sum(commit.n_rows for commit in commits))
     hooks = {}
     for name in commits[0].sums:
-        total = np.array([commit.sums[name].total for commit in commits]).sum(0)
-        squared_norm = sum(commit.sums[name].squared_norm for commit in commits)
+        sums = [commit.sums[name] for commit in commits]
+        mean = np.array([each.total for each in sums]).sum(0) / n_rows
+        mean_squared_norm = sum(each.squared_norm for each in sums) / n_rows
         hooks[name] = HookInfo(
-            d_in=len(total),
-            mean=tuple((total / max(1, n_rows)).tolist()),
-            mean_squared_norm=squared_norm / max(1, n_rows),
+            d_in=len(mean),
+            mean=tuple(mean.tolist()),
+            mean_squared_norm=mean_squared_norm,
+            rounding_error=_rounding_error(sums, n_rows, mean_squared_norm - float(mean @ mean)),
         )
     return hooks
+
+
+def _rounding_error(sums: list[HookSums], n_rows: int, variance: float) -> float | None:
+    known = [each.squared_error for each in sums if each.squared_error is not None]
+    if len(known) < len(sums) or variance <= 0:
+        return None
+    return sum(known) / n_rows / variance
 
 
 def _info(store: Location, commit: SegmentCommit) -> SegmentInfo:

@@ -212,7 +212,7 @@ def told(reporter: Reporter, words: str) -> list[str]:
 
 def assert_equal(ours: ActivationStore, theirs: ActivationStore) -> None:
     """Both hold the same files to the bit, and nothing else lies there."""
-    ours.verify()
+    assert list(ours.damages()) == []
     for mine, other in zip(ours.manifest.segments, theirs.manifest.segments, strict=True):
         assert ours.commit(mine).files == theirs.commit(other).files
     folder = Path(ours.location.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -315,6 +316,21 @@ def test_a_gang_that_lives_and_gets_nowhere_is_given_up(
     with pytest.raises(WorkerLost, match="no rank has got on for"):
         train_gang(run, Reporter())
     wait_until(lambda: not rank_pids(), "the end of the rank that hangs")
+
+
+def test_a_damaged_chunk_ends_a_training_before_a_step_uses_it(cluster: RayCluster, root: Path, tmp_path: Path) -> None:
+    """By the job's own error, with the file's name: nobody tries again, and no peer waits."""
+    shutil.copytree(root, tmp_path / "damaged")
+    task = assignment(tmp_path / "damaged", "job_damaged")
+    chunk = next(path for path in sorted((tmp_path / "damaged").rglob("acts/*/c/*/0")) if "/segments/" in str(path))
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 3] ^= 16
+    chunk.write_bytes(data)
+    ended, told = follow(cluster, task)
+    assert (ended.status, ended.code) == ("failed", "corrupt_artifact")
+    assert str(chunk) in ended.message and "other bytes" in ended.message
+    assert losses(told) == {}
+    wait_until(lambda: not rank_pids(), "the end of both ranks")
 
 
 def test_ranks_meet_on_their_own_interface_alone() -> None:

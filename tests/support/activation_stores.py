@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gnomon.specs import Dtype
+from gnomon.specs import StoredDtype
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit, Split
 from gnomon_storage.writing import SegmentWriter, seal
-from tests.support.bfloat16 import bfloat16_from_float32
+from tests.support.stored_rows import as_stored
 
 CONTEXT_LENGTH = 4
 HOOKS = {"layers.0": 8, "layers.1": 3}
@@ -27,7 +27,14 @@ def known_rows(first: int, n_rows: int, d_in: int) -> Rows:
 
 
 def write_segment(
-    store: Location, split: Split, index: int, *, first: int, n_rows: int, dtype: Dtype = "float32", attempt: int = 1
+    store: Location,
+    split: Split,
+    index: int,
+    *,
+    first: int,
+    n_rows: int,
+    dtype: StoredDtype = "float32",
+    attempt: int = 1,
 ) -> SegmentCommit:
     """One committed segment with rows numbered from `first`; every context has dropped its first token."""
     kept = CONTEXT_LENGTH - 1
@@ -43,12 +50,12 @@ def write_segment(
     for start in range(0, n_rows, 100):
         n = min(100, n_rows - start)
         rows = {name: known_rows(first, n_rows, d_in)[start : start + n] for name, d_in in HOOKS.items()}
-        writer.append({k: bfloat16_from_float32(v) if dtype == "bfloat16" else v for k, v in rows.items()})
+        writer.append({name: as_stored(values, dtype) for name, values in rows.items()})
     return writer.commit()
 
 
 def make_counted_store(
-    folder: Path | str, sizes: tuple[int, ...] = (700, 513, 300), dtype: Dtype = "float32"
+    folder: Path | str, sizes: tuple[int, ...] = (700, 513, 300), dtype: StoredDtype = "float32"
 ) -> ActivationStore:
     """A sealed store of training segments with the given numbers of rows, and one of 60 held out."""
     location = Location.open(str(folder))
@@ -61,7 +68,7 @@ def make_counted_store(
     return seal_store(location, commits, dtype=dtype)
 
 
-def seal_store(location: Location, commits: list[SegmentCommit], *, dtype: Dtype = "float32") -> ActivationStore:
+def seal_store(location: Location, commits: list[SegmentCommit], *, dtype: StoredDtype = "float32") -> ActivationStore:
     """Seal with made-up provenance."""
     return seal(
         location, commits, dtype=dtype, store_id="act_" + "0" * 32, spec={}, context_length=CONTEXT_LENGTH, packing={},

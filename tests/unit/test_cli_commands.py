@@ -20,11 +20,15 @@ from typer.testing import CliRunner
 
 from gnomon import _command_parts, cli
 from gnomon._job_view import show_job
+from gnomon.errors import NotFound
 from gnomon.metrics import DensityHistogram, DictionaryMetrics, Histogram, RowFvu
 from gnomon.resources import Job
 from gnomon.specs import JobRequest
 from gnomon_service import commands, logs
 from gnomon_service.local import embedded
+from gnomon_service.settings import load_settings
+from gnomon_storage.layout import ProjectLayout
+from tests.support.activation_stores import make_counted_store
 from tests.support.metrics import make_alignment
 from tests.support.sdk_server import (
     HARVEST,
@@ -466,6 +470,24 @@ def test_keys_are_listed_and_revoked_on_the_host_without_the_api(tmp_path: Path)
     assert json.loads(host(tmp_path, "db", "list-keys", "--json"))[0]["revoked_at"] is not None
 
 
+def test_a_store_is_verified_on_the_host(tmp_path: Path) -> None:
+    store_id = "act_" + "0" * 32
+    place = ProjectLayout.of(load_settings(home=tmp_path).project_root, "default").store(store_id)
+    store = make_counted_store(place.url, sizes=(300, 300))
+    host(tmp_path, "db", "verify-store", store_id)
+    chunks = sorted(name for name in place.walk() if "layers.1/c" in name)
+    for name in chunks[:2]:
+        data = bytearray(place.child(name).read_bytes())
+        data[5] ^= 1
+        place.child(name).write_bytes(bytes(data))
+    result = CliRunner().invoke(commands.app, ["db", "verify-store", store_id, "--home", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stdout.count("holds other bytes than were written") == 2
+    assert f"{store.manifest.n_bytes:,} bytes were read: 2 damaged" in result.stderr
+    absent = ["db", "verify-store", "act_" + "1" * 32, "--home", str(tmp_path)]
+    assert isinstance(CliRunner().invoke(commands.app, absent).exception, NotFound)
+
+
 def test_the_quota_of_a_project_s_stores_is_given_with_its_unit(tmp_path: Path) -> None:
     for text, n_bytes in {"2TB": 2 * 10**12, "1.5 GiB": 3 * 2**29, "12": 12, "0": None}.items():
         told = json.loads(host(tmp_path, "db", "set-project", "lab", "--max-store-bytes", text))
@@ -502,7 +524,7 @@ def test_stopping_is_said_before_it_is_done(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
 
     monkeypatch.setattr(embedded, "Embedded", Slow)
-    monkeypatch.setattr("gnomon_service.commands.threading.Event", Interrupted)
+    monkeypatch.setattr("gnomon_service.commands.serving.threading.Event", Interrupted)
     monkeypatch.setattr(logs, "setup_logging", lambda *_: None)
     said = CliRunner().invoke(commands.app, ["up", "--home", str(tmp_path)]).stdout.splitlines()
     assert said[-3:] == [

@@ -10,15 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gnomon.specs import Dtype, HarvestSpec, TextSource
+from gnomon.specs import HarvestSpec, StoredDtype, TextSource
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit, Split
 from gnomon_storage.writing import SegmentWriter
-from gnomon_workers.harvest.job import warn_of_short_text
 from gnomon_workers.harvest.readers import text_bytes
 from gnomon_workers.harvest.room import expected_tokens, needed_bytes, store_size
+from gnomon_workers.harvest.telling import warn_of_short_text
 from gnomon_workers.harvest.text import resolve_text
 from gnomon_workers.runtime.reporting import Reporter
+from tests.support.stored_rows import as_stored
 
 
 def spec(**changes: Any) -> HarvestSpec:
@@ -63,10 +64,11 @@ def test_the_bytes_of_a_text_are_those_of_its_column(tmp_path: Path) -> None:
     assert plain == 3 and unpacked == pytest.approx(sum(map(len, texts)), rel=0.02)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_store_takes_what_it_is_said_to_with_the_rest_of_its_last_chunks(tmp_path: Path, dtype: Dtype) -> None:
-    """Chunks of 4 MiB hold 1,024 rows of two kilobytes: 1,270 rows take two of them, a fifth of which is empty."""
-    d_in = 2048 if dtype == "bfloat16" else 1024
+@pytest.mark.parametrize(("dtype", "d_in"), [("float32", 1024), ("bfloat16", 2048), ("int8", 4092)])
+def test_a_store_takes_what_it_is_said_to_with_the_rest_of_its_last_chunks(
+    tmp_path: Path, dtype: StoredDtype, d_in: int
+) -> None:
+    """Chunks of 4 MiB hold 1,024 rows of four kilobytes: 1,270 rows take two of them, a fifth of which is empty."""
     harvest = spec(
         dtype=dtype, context_length=128, hooks=["h"], token_budget=128 * 32, held_out_every=4, segment_tokens=1280
     )
@@ -80,8 +82,7 @@ def test_a_store_takes_what_it_is_said_to_with_the_rest_of_its_last_chunks(tmp_p
                 store, split=split, index=index, attempt=1, hooks={"h": d_in}, dtype=dtype, contexts=contexts,
                 tokens=column, positions=column, context_ids=column, n_tokens=contexts.size,
             )  # fmt: skip
-            kind = np.uint16 if dtype == "bfloat16" else np.float32
-            writer.append({"h": np.ones((len(column), d_in), dtype=kind)})
+            writer.append({"h": as_stored(np.ones((len(column), d_in), dtype=np.float32), dtype)})
             commits.append(writer.commit())
     size = store_size(harvest, {"h": d_in}, 128 * 32, "file")
     written = sum(file.n_bytes for commit in commits for file in commit.files.values())

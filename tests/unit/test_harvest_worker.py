@@ -15,16 +15,20 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from gnomon.errors import InvalidRequest
-from gnomon.specs import HarvestSpec
+from gnomon.specs import HarvestSpec, StoredDtype
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.location import Location
+from gnomon_storage.manifest import HookInfo
 from gnomon_storage.writing import seal
 from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
+from gnomon_workers.harvest.telling import tell_rounding
 from gnomon_workers.harvest.tokens import known_to_the_model, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker, as_stored
 from gnomon_workers.models.loading import load_model, model_folder
 from gnomon_workers.runtime.answers import value_of
+from gnomon_workers.runtime.reporting import Reporter
 from tests.support.models import ALICE, glassllm_ids, glassllm_residuals, make_glassllm
+from tests.support.stored_rows import as_stored as numpy_stored
 
 DOCUMENTS = [ALICE[start : start + 150 + 40 * start % 300] for start in range(0, 500, 50)]
 
@@ -151,6 +155,53 @@ def test_bfloat16_rows_are_the_rounded_ones(glass: Path, tmp_path: Path) -> None
     for one, two in zip(wide.manifest.segments, narrow.manifest.segments, strict=True):
         expected = torch.from_numpy(wide.read_rows("model.layers.2", one, 0, one.n_rows)).bfloat16().float().numpy()
         np.testing.assert_array_equal(narrow.read_rows("model.layers.2", two, 0, two.n_rows), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_storing_costs_is_measured(glass: Path, tmp_path: Path, dtype: StoredDtype) -> None:
+    wide = harvest(make_spec(glass), tmp_path / "wide")
+    narrow = harvest(make_spec(glass, dtype=dtype), tmp_path / "narrow")
+    given, kept = (
+        np.concatenate(
+            [store.read_rows("model.layers.2", part, 0, part.n_rows) for part in store.manifest.split("segments")]
+        )
+        for store in (wide, narrow)
+    )
+    assert wide.manifest.hooks["model.layers.2"].rounding_error == 0.0
+    distance = ((given.astype(float) - kept) ** 2).sum()
+    expected = distance / ((kept.astype(float) - kept.astype(float).mean(0)) ** 2).sum()
+    assert narrow.manifest.hooks["model.layers.2"].rounding_error == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < 1e-3
+
+
+def test_int8_rows_are_those_of_a_second_implementation(glass: Path, tmp_path: Path) -> None:
+    wide = harvest(make_spec(glass), tmp_path / "wide")
+    narrow = harvest(make_spec(glass, dtype="int8"), tmp_path / "narrow")
+    for one, two in zip(wide.manifest.segments, narrow.manifest.segments, strict=True):
+        expected = numpy_stored(wide.read_rows("model.layers.2", one, 0, one.n_rows), "int8")
+        np.testing.assert_array_equal(narrow.read_raw("model.layers.2", two, 0, two.n_rows), expected)
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [("int8", "bfloat16"), ("bfloat16", "float32")])
+def test_a_rounding_that_dictionaries_feel_is_warned_of(dtype: StoredDtype, advice: str) -> None:
+    """One direction that is large in every row leaves the others few steps of its scale."""
+    reporter = Reporter()
+    tell_rounding(dtype, {"h": HookInfo(d_in=1, mean=(0.0,), mean_squared_norm=1.0, rounding_error=0.031)}, reporter)
+    (report,) = reporter.after(0)
+    assert report.data["level"] == "warning"
+    assert "3.10% of its variance" in report.data["message"]
+    assert f"harvest it as {advice}" in report.data["message"]
+
+
+def test_a_small_rounding_is_told_of_int8_alone() -> None:
+    hooks = {"h": HookInfo(d_in=1, mean=(0.0,), mean_squared_norm=1.0, rounding_error=0.0031)}
+    reporter = Reporter()
+    tell_rounding("bfloat16", hooks, reporter)
+    assert reporter.after(0) == ()
+    tell_rounding("int8", hooks, reporter)
+    (report,) = reporter.after(0)
+    assert report.data["level"] == "info"
+    assert "0.31%" in report.data["message"]
 
 
 def test_an_encoder_is_harvested_with_its_padding_masked(bert: Path, tmp_path: Path) -> None:

@@ -18,7 +18,18 @@ from gnomon.specs.activations import (
     TopK,
     chooses_k,
 )
-from gnomon.specs.base import DictionaryId, Document, Dtype, HookName, JobId, Spec, StoreId, Url, unread_fields
+from gnomon.specs.base import (
+    DictionaryId,
+    Document,
+    Dtype,
+    HookName,
+    JobId,
+    Spec,
+    StoredDtype,
+    StoreId,
+    Url,
+    unread_fields,
+)
 from gnomon.specs.evaluate import EvaluateSpec, Evaluation
 from gnomon.specs.harvest import (
     ConcatPacking,
@@ -79,6 +90,7 @@ __all__ = [
     "Spec",
     "StoreId",
     "StoredActivations",
+    "StoredDtype",
     "TextSource",
     "TopK",
     "TrainSpec",

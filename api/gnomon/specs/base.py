@@ -16,6 +16,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 Dtype = Literal["float32", "bfloat16"]
+StoredDtype = Literal["float32", "bfloat16", "int8"]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$")]
 HookName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.]+$")]
 StoreId = Annotated[str, StringConstraints(pattern=r"^act_[0-9a-f]{32}$")]

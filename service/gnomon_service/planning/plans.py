@@ -134,7 +134,7 @@ def _training_parts(asked: _Asked, job: TrainJob, store_bytes: int | None) -> di
 def _rows(job: TrainJob, sealed: ActivationStoreRecord | None, harvest: HarvestSpec | None, n_rows: int | None) -> Rows:
     """What of its store a training reads."""
     dtype = harvest.dtype if harvest is not None else (sealed.spec.get("dtype") if sealed is not None else None)
-    n_bytes_value = 4 if dtype == "float32" else 2
+    n_bytes_value = {"float32": 4, "int8": 1}.get(dtype or "bfloat16", 2)
     return Rows(n_rows=n_rows or job.rows.n_rows, n_bytes_value=n_bytes_value, n_hooks=job.rows.n_hooks)
 
 

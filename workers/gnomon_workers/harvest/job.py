@@ -23,7 +23,8 @@ from gnomon_workers.harvest.packing import SegmentPlan, plan_segments
 from gnomon_workers.harvest.progress import HarvestProgress
 from gnomon_workers.harvest.readers import text_bytes
 from gnomon_workers.harvest.room import committed_tokens, expected_tokens, needed_bytes
-from gnomon_workers.harvest.text import N_TOLD, Tally, read_documents, resolve_text, text_fingerprint
+from gnomon_workers.harvest.telling import tell_rounding, warn_of_bad_documents, warn_of_short_text
+from gnomon_workers.harvest.text import Tally, read_documents, resolve_text, text_fingerprint
 from gnomon_workers.harvest.tokens import Tokenizer, known_to_the_model, load_tokenizer, make_contexts
 from gnomon_workers.harvest.worker import HarvestTask, HarvestWorker
 from gnomon_workers.models.catalog import ModelDescription, describe_model
@@ -100,6 +101,7 @@ def run_harvest(assignment: Assignment, reporter: Reporter) -> Mapping[str, Any]
     warn_of_short_text(run.spec, commits, reporter)
     ran = _ran_on(run, progress)
     sealed = seal_store(run, commits, tally)
+    tell_rounding(sealed.manifest.dtype, sealed.manifest.hooks, reporter)
     return _result(sealed, n_tokens=progress.n_new, tokens_per_s=progress.mean_rate(), run=ran)
 
 
@@ -170,30 +172,6 @@ def check_room(run: HarvestRun, ahead: Ahead, tally: Tally) -> None:
         files = resolve_text(run.spec.text, run.assignment.input_roots)
         n_tokens = expected_tokens(run.spec, ahead.n_tokens, tally.n_bytes, sum(map(text_bytes, files)))
     run.store.check_room(needed_bytes(run.spec, run.model.hooks, n_tokens - committed_tokens(run.store)))
-
-
-def warn_of_bad_documents(tally: Tally, reporter: Reporter) -> int:
-    """Say how many were passed over so far, if any, and where the first are; returns how many."""
-    if tally.n_bad:
-        message = f"{tally.n_bad} bad documents are passed over: {'; '.join(tally.first_bad)}"
-        reporter.report(Logged(level="warning", message=message + ("; ..." if tally.n_bad > N_TOLD else "")))
-    return tally.n_bad
-
-
-def warn_of_short_text(spec: HarvestSpec, commits: Iterable[SegmentCommit], reporter: Reporter) -> None:
-    """Say so where the text ended although another context of it would have been within the budget."""
-    n_tokens, n_rows, n_held_out = 0, 0, 0
-    for commit in commits:
-        n_tokens += commit.n_tokens
-        n_rows += commit.n_rows if commit.split == "segments" else 0
-        n_held_out += commit.n_rows if commit.split == "held_out" else 0
-    if n_tokens + spec.context_length > spec.token_budget:
-        return
-    message = (
-        f"the text ended after {n_tokens} of token_budget={spec.token_budget} tokens: the store has {n_rows} rows, and "
-        f"{n_held_out} held out; a training that needs more rows repeats them"
-    )
-    reporter.report(Logged(level="warning", message=message))
 
 
 def harvest_segments(run: HarvestRun, plans: Iterator[SegmentPlan], progress: HarvestProgress) -> list[SegmentCommit]:

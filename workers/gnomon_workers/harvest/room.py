@@ -10,6 +10,7 @@ from gnomon.specs import HarvestSpec
 from gnomon_storage.activations import column_chunk_rows
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import Split, parse_commit
+from gnomon_storage.rows import row_bytes
 from gnomon_storage.writing import rows_per_chunk
 
 _INTEGER_BYTES: Final = 4
@@ -28,8 +29,8 @@ def needed_bytes(spec: HarvestSpec, widths: Mapping[str, int], n_tokens: int) ->
     """About what the segments of so many tokens take; hooks of unknown width count nothing."""
     n_tokens = max(0, n_tokens)
     n_rows = n_tokens * (spec.context_length - spec.drop.first_positions) // spec.context_length
-    n_values = sum(widths.get(hook, 0) for hook in spec.hooks)
-    of_row = n_values * (2 if spec.dtype == "bfloat16" else 4) + _ROW_COLUMNS * _INTEGER_BYTES
+    of_row = sum(row_bytes(spec.dtype, widths[hook]) for hook in spec.hooks if hook in widths)
+    of_row += _ROW_COLUMNS * _INTEGER_BYTES
     return n_rows * of_row + n_tokens * _INTEGER_BYTES
 
 
@@ -66,7 +67,7 @@ def _split_bytes(spec: HarvestSpec, widths: Mapping[str, int], n_contexts: int, 
 def _segment_bytes(spec: HarvestSpec, widths: Mapping[str, int], n_contexts: int, scheme: str) -> int:
     n_rows = n_contexts * (spec.context_length - spec.drop.first_positions)
     chunk_rows = rows_per_chunk(n_rows, max(widths.values()), spec.dtype, scheme)
-    values = _filled(n_rows, chunk_rows) * sum(widths.values()) * (2 if spec.dtype == "bfloat16" else 4)
+    values = _filled(n_rows, chunk_rows) * sum(row_bytes(spec.dtype, width) for width in widths.values())
     columns = _ROW_COLUMNS * _filled(n_rows, column_chunk_rows((n_rows,)))
     shape = (n_contexts, spec.context_length)
     contexts = _filled(n_contexts, column_chunk_rows(shape)) * spec.context_length

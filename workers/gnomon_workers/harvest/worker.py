@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from gnomon.errors import InvalidRequest
-from gnomon.specs import Dtype, HarvestSpec
+from gnomon.specs import HarvestSpec, StoredDtype
 from gnomon_storage.arrays import Array
 from gnomon_storage.location import Location
 from gnomon_storage.manifest import SegmentCommit
+from gnomon_storage.rows import INT8_MOST
 from gnomon_storage.writing import SegmentWriter
 from gnomon_workers.harvest.packing import PADDING, Mask, SegmentPlan, Tokens, kept_tokens
 from gnomon_workers.models.loading import LoadedModel, load_model, read_activations
@@ -84,14 +85,17 @@ class HarvestWorker:
             n_tokens=plan.n_tokens,
         )
         for rows, n_tokens in read_rows(self._model, task.spec, plan.contexts, kept):
-            writer.append(rows)
+            writer.append(
+                {hook: stored.raw for hook, stored in rows.items()},
+                {hook: stored.squared_error for hook, stored in rows.items()},
+            )
             self._n_tokens += n_tokens
         return writer.commit()
 
 
 def read_rows(
     model: LoadedModel, spec: HarvestSpec, contexts: Tokens, kept: Mask
-) -> Iterator[tuple[dict[str, Array], int]]:
+) -> Iterator[tuple[dict[str, StoredRows], int]]:
     """Rows of the kept tokens of every batch of contexts, as they are stored, and the tokens of the batch.
 
     Raises InvalidRequest, "non_finite_activations".
@@ -108,18 +112,43 @@ def read_rows(
         yield {hook: as_stored(hook, acts[stored], spec.dtype) for hook, acts in seen.items()}, n_tokens
 
 
-def as_stored(hook: str, rows: torch.Tensor, dtype: Dtype) -> Array:
-    """Rows (n, d_in) as NumPy holds them on disk: float32, or the bits of bfloat16 as uint16."""
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Rows of a hook as they are stored."""
+
+    raw: Array
+    """(n, width); see `gnomon_storage.rows`."""
+    squared_error: float
+    """The sum of their squared distances from what the model gave."""
+
+
+def as_stored(hook: str, rows: torch.Tensor, dtype: StoredDtype) -> StoredRows:
+    """Rows (n, d_in) as they are stored; raises InvalidRequest, "non_finite_activations"."""
     if not bool(torch.isfinite(rows).all()):
         raise InvalidRequest(
             f"hook {hook!r} gave values that are not finite; set model.dtype='float32', or choose another hook",
             code="non_finite_activations",
         )
+    if dtype == "int8":
+        return _as_int8(rows.float())
     if dtype == "float32":
-        values: Array = rows.float().cpu().numpy()
-        return values
-    bits: Array = rows.bfloat16().cpu().view(torch.uint16).numpy()
-    return bits
+        return StoredRows(rows.float().cpu().numpy(), 0.0)
+    rounded = rows.bfloat16()
+    # what is bfloat16 already loses nothing
+    squared_error = 0.0 if rows.dtype == rounded.dtype else _squared_distance(rows, rounded)
+    return StoredRows(rounded.cpu().view(torch.uint16).numpy(), squared_error)
+
+
+def _as_int8(rows: torch.Tensor) -> StoredRows:
+    """Each row as a scale and its values in units of it, to the nearest; a row of zeros has the scale 0."""
+    scales = rows.abs().amax(1, keepdim=True) / INT8_MOST
+    units = (rows / scales).nan_to_num_().round_().clamp_(-INT8_MOST, INT8_MOST).to(torch.int8)
+    raw = torch.cat([scales.contiguous().view(torch.uint8), units.view(torch.uint8)], 1)
+    return StoredRows(raw.cpu().numpy(), _squared_distance(rows, units * scales))
+
+
+def _squared_distance(rows: torch.Tensor, rounded: torch.Tensor) -> float:
+    return float((rows.float() - rounded.float()).square().sum(dtype=torch.float64))
 
 
 def hook_widths(model: LoadedModel, spec: HarvestSpec) -> dict[str, int]:

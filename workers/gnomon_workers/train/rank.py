@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -92,9 +91,6 @@ class TrainRank:
         meeting = Meeting.at(address, rank=self._rank, n_ranks=plan.n_ranks)
         mesh = join_mesh(plan, meeting, device=device)
         store = ActivationStore.open(run.store)
-        store.verify(part=self._rank, n_parts=mesh.size("world"), on_file=self._beat)
-        # nobody trains on a store of which another found a part damaged; disks differ, so no collective waits for it
-        meeting.wait_for_all("verified", self._beat)
         with JointReader(store, run.hook_names, seed=plan.data_seed, batch_size=plan.spec.batch_size) as reader:
             sample = reader.first_sample(n_first_samples(plan))
             steps = [self._make_step(training, mesh, sample, device) for training in run.trainings]
@@ -160,14 +156,6 @@ class Meeting:
             master_listen_fd=listener,
         )
         return cls(rank=rank, n_ranks=n_ranks, store=store)
-
-    def wait_for_all(self, what: str, beat: Callable[[], None]) -> None:
-        """Wait until every rank has said so, however long it takes; a rank that dies meanwhile ends the gang."""
-        if self.store is not None:
-            self.store.add(what, 1)
-            while self.store.add(what, 0) < self.n_ranks:
-                time.sleep(0.05)
-                beat()
 
 
 class Departure:

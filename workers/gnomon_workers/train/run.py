@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from gnomon.errors import GnomonError, InvalidRequest
 from gnomon.specs import Mesh, TrainSpec
 from gnomon_storage.activations import ActivationStore
 from gnomon_storage.layout import ProjectLayout
 from gnomon_storage.location import Location
+from gnomon_storage.rows import raw_dtype
 from gnomon_workers.checkpoints.format import Checkpoint, committed_checkpoints
 from gnomon_workers.runtime.devices import Devices
 from gnomon_workers.runtime.protocol import Assignment, dictionary_ids
@@ -127,9 +130,8 @@ def resolve(assignment: Assignment) -> TrainRun:
 
 def rows_of(store: ActivationStore, n_hooks: int) -> Rows:
     """What of a store a run reads, as far as its memory depends on that."""
-    return Rows(
-        n_rows=store.manifest.n_rows, n_bytes_value=2 if store.manifest.dtype == "bfloat16" else 4, n_hooks=n_hooks
-    )
+    n_bytes_value = np.dtype(raw_dtype(store.manifest.dtype)).itemsize
+    return Rows(n_rows=store.manifest.n_rows, n_bytes_value=n_bytes_value, n_hooks=n_hooks)
 
 
 def _given_mesh(assignment: Assignment, before: Checkpoint | None) -> Mesh | None:

@@ -1,22 +1,14 @@
-"""Commands for the host that runs the service; the `gnomon` command finds them by their entry point."""
+"""Commands on the service's host that work on its database and its store, with the API up or down."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
-import socket
-import sys
-import threading
-import uuid
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gnomon.errors import GnomonError, InvalidRequest
+from gnomon.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from gnomon_service.db.engine import Database
@@ -25,14 +17,8 @@ if TYPE_CHECKING:
 
 # Heavy modules are imported by the command that needs them, so that `gnomon --help` stays quick.
 
-_M_ARENA_MAX = -8
-"""Of malloc.h."""
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(no_args_is_help=True, help="API keys, made on the host against the database.")
 db_app = typer.Typer(no_args_is_help=True, help="The database, on its host.")
-app.add_typer(keys_app, name="keys")
-app.add_typer(db_app, name="db")
 
 Home = Annotated[
     Path | None, typer.Option(help="Folder of database, store, logs; default GNOMON_HOME, else ~/.gnomon.")
@@ -40,7 +26,7 @@ Home = Annotated[
 Scopes = Annotated[
     list[str] | None, typer.Option(help="read, write or admin; once per scope. Default: read and write.")
 ]
-Project = Annotated[str, typer.Option(help="Whose key it is; projects do not see each other.")]
+Project = Annotated[str, typer.Option(help="Whose it is; projects do not see each other.")]
 
 
 def _n_bytes(text: str) -> int:
@@ -54,147 +40,6 @@ def _n_bytes(text: str) -> int:
     if not 0 <= size < 1 << 63:
         raise typer.BadParameter(f"{text!r} is no size; give bytes, or a number with a unit, as 500GB or 2TiB")
     return int(size)
-
-
-def main() -> None:
-    """Run a command; an error of ours is one line, not a traceback."""
-    try:
-        app()
-    except GnomonError as error:
-        _print_error(error)
-        sys.exit(1)
-
-
-@app.command(epilog="Example: `gnomon up --cpus 4`")
-def up(
-    home: Home = None,
-    host: Annotated[str | None, typer.Option(help="Address the API listens on.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port of the API; 0 = any.")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use; default all.")] = None,
-) -> None:
-    """Run the whole service on this machine until Ctrl-C."""
-    from gnomon_service.local.embedded import CLIENT_FILE, Embedded
-    from gnomon_service.logs import setup_logging
-    from gnomon_service.settings import load_settings
-
-    settings = load_settings(home=home, host=host, port=port, n_cpus=cpus)
-    setup_logging("up", settings.log_level)
-    try:
-        with Embedded(settings) as service:
-            typer.echo(f"Gnomon is at {service.url}")
-            typer.echo(f"The API key is in {settings.home / CLIENT_FILE}; `gnomon` and the SDK find it there")
-            typer.echo(f"Logs are in {settings.home / 'logs'}; Ctrl-C stops everything")
-            sys.stdout.flush()
-            _wait_for_the_end(settings)
-    except KeyboardInterrupt:
-        typer.echo("Stopped")
-
-
-def _wait_for_the_end(settings: Settings) -> None:
-    """Wait for Ctrl-C or SIGTERM, and say at once that it was heard: to stop takes a while."""
-    try:
-        threading.Event().wait()
-    except (KeyboardInterrupt, SystemExit):
-        jobs = "are queued again, and go on at the next start" if settings.ray_address is None else "go on"
-        typer.echo(f"Stopping: running jobs {jobs} ...")
-        sys.stdout.flush()
-        raise
-
-
-@app.command()
-def api() -> None:
-    """Run the API process; settings come from GNOMON_* variables."""
-    import uvicorn
-
-    from gnomon_service.app import make_app
-    from gnomon_service.logs import setup_logging
-    from gnomon_service.rest.connections import Connection
-    from gnomon_service.settings import load_settings
-
-    settings = load_settings()
-    setup_logging("api", settings.log_level)
-    _share_one_heap()
-    # with the default of 5 ms each, a few requests that compute would hold up all others for tens of milliseconds
-    sys.setswitchinterval(0.0005)
-    uvicorn.run(
-        make_app(settings),
-        host=settings.host,
-        port=settings.port,
-        http=Connection,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-        timeout_keep_alive=30,
-    )
-
-
-def _share_one_heap() -> None:
-    """Let all threads take memory from one place.
-
-    glibc gives threads heaps of their own, and each keeps what its worst requests took: with forty threads that come
-    and go a process grows by megabytes a minute for as long as it is busy.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-
-
-@app.command()
-def dispatcher(
-    requeue: Annotated[
-        bool,
-        typer.Option(
-            "--requeue", help="On SIGTERM queue running jobs again, on SIGHUP as lost: for a cluster that stops too."
-        ),
-    ] = False,
-) -> None:
-    """Run the dispatcher process; SIGTERM leaves running jobs on the cluster for the next one."""
-    from gnomon_service.db.engine import Database
-    from gnomon_service.dispatch.cluster_state import Observations
-    from gnomon_service.dispatch.collecting import Collector
-    from gnomon_service.dispatch.deciding import Scheduler
-    from gnomon_service.dispatch.event_keeping import EventKeeper
-    from gnomon_service.dispatch.garbage import Rules
-    from gnomon_service.dispatch.loop import Dispatcher
-    from gnomon_service.jobs.held import RetryPolicy
-    from gnomon_service.jobs.leases import Leases
-    from gnomon_service.local.processes import wait_for_address
-    from gnomon_service.logs import setup_logging
-    from gnomon_service.settings import load_settings
-    from gnomon_workers.attempts.cluster import RayCluster
-
-    settings = load_settings()
-    settings.make_folders()
-    setup_logging("dispatcher", settings.log_level)
-    stop, has_gone = threading.Event(), threading.Event()
-    _set_on_signals(stop, has_gone)
-    # Ray's own wait for a head ends this process after a while; here a cluster may come up as late as it likes.
-    if settings.ray_address is not None and not wait_for_address(settings.ray_address, stop):
-        return
-    database = Database(settings.database_url)
-    database.migrate()
-    cluster = RayCluster.connect(address=settings.ray_address, namespace=settings.ray_namespace)
-    _set_on_signals(stop, has_gone)  # again: connecting to Ray replaced the handlers
-    owner = f"{socket.gethostname()[:64]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
-    observations = Observations(database)
-    retry = RetryPolicy(base_s=settings.retry_base_s, cap_s=settings.retry_cap_s)
-    loop = Dispatcher(
-        leases=Leases(database, lease_s=settings.lease_s, retry=retry),
-        observations=observations,
-        scheduler=Scheduler(database),
-        cluster=cluster,
-        settings=settings,
-        ends_with_cluster=requeue,
-        has_gone=has_gone,
-        owner=owner,
-    )
-    rules = Rules(resumable_days=settings.resumable_days, store_days=settings.store_days)
-    collector = Collector(database, settings.project_root, rules, may_collect=lambda: observations.leads(owner))
-    events = EventKeeper.of(database, settings.events_days)
-    with collector.running(), events.running():
-        loop.run(stop)
-    database.close()
 
 
 @keys_app.command("create", epilog="Example: `gnomon keys create laptop --scope read --scope write`")
@@ -305,6 +150,27 @@ def collect(
     database.close()
 
 
+@db_app.command("verify-store", epilog="Example: `gnomon db verify-store act_0123456789abcdef0123456789abcdef`")
+def verify_store(
+    store_id: Annotated[str, typer.Argument(metavar="STORE", help="Id of an activation store.")],
+    project: Project = "default",
+    home: Home = None,
+) -> None:
+    """Read all of an activation store, and print every file that is not as it was written; exits with 1 if any is."""
+    from gnomon_service.settings import load_settings
+    from gnomon_storage.activations import ActivationStore
+    from gnomon_storage.layout import ProjectLayout
+
+    layout = ProjectLayout.of(load_settings(home=home).project_root, _check_project(project))
+    store = ActivationStore.open(layout.store(store_id))
+    n_damaged = 0
+    for error in store.damages():
+        n_damaged += 1
+        typer.echo(error.message)
+    typer.echo(f"{store.manifest.n_bytes:,} bytes were read: {n_damaged or 'no'} damaged", err=True)
+    raise typer.Exit(int(n_damaged > 0))
+
+
 @db_app.command("upgrade")
 def upgrade_database(home: Home = None) -> None:
     """Bring the database's schema up to date; the service does this by itself when it starts."""
@@ -339,17 +205,3 @@ def _check_project(project: str) -> str:
             f"project {project!r} is not a name: use letters, digits and -, at most 40", code="bad_project"
         )
     return project
-
-
-def _set_on_signals(stop: threading.Event, has_gone: threading.Event) -> None:
-    def on_signal(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            has_gone.set()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
-
-
-def _print_error(error: GnomonError) -> None:
-    typer.echo(f"error: {error.message} ({error.code})", err=True)
