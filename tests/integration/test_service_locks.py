@@ -8,14 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from gnomon.errors import Unavailable
 from gnomon_service.db.engine import Database
 from gnomon_service.db.tables import cluster, jobs, projects
 from gnomon_service.dispatch.cluster_state import Observations
 from gnomon_service.jobs import submission, transitions
+from gnomon_service.jobs.held import HeldJob
 from gnomon_service.jobs.steering import Steering
 from gnomon_workers.runtime.protocol import ClusterSnapshot, NodeSnapshot
 from tests.support.databases import fresh_database
@@ -38,6 +40,36 @@ def test_a_dispatcher_that_stands_still_in_a_transaction_does_not_hold_up_the_ot
             (held,) = wait_until(lambda: bench.leases.adopt("b"), "the lock of the one that stands still")
             connection.execute(update(jobs).where(jobs.c.id == job.id).values(priority=2))
         assert (held.lease.owner, bench.job(job.id).priority) == ("b", 0)
+        database.close()
+        frozen.close()
+
+
+def test_a_dispatcher_that_stands_still_between_two_rows_of_a_statement_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver would send them as one pipeline, in which PostgreSQL counts no time."""
+    with fresh_database("postgresql", tmp_path) as url:
+        database, frozen = Database(url), Database(url, standstill_s=0.2)
+        database.migrate()
+        bench = Bench(database)
+        job = bench.submit()
+        bench.claim("a")
+        bench.let_lease_pass(job.id)
+        adopted: list[HeldJob] = []
+        execute = psycopg.Cursor.execute
+
+        def then_stand_still(cursor: psycopg.Cursor[Any], *args: Any, **fields: Any) -> object:
+            done = execute(cursor, *args, **fields)
+            monkeypatch.setattr(psycopg.Cursor, "execute", execute)
+            adopted.extend(wait_until(lambda: bench.leases.adopt("b"), "the lock of the one that stands still"))
+            return done
+
+        both = update(jobs).where(jobs.c.id == bindparam("job")).values(priority=bindparam("to"))
+        with pytest.raises(Unavailable), frozen.write() as connection:
+            connection.execute(select(jobs.c.id)).all()
+            monkeypatch.setattr(psycopg.Cursor, "execute", then_stand_still)
+            connection.execute(both, [{"job": job.id, "to": 1}, {"job": job.id, "to": 2}])
+        assert (adopted[0].lease.owner, bench.job(job.id).priority) == ("b", 0)
         database.close()
         frozen.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,13 +147,15 @@ def _make_engine(url: str, busy_timeout_s: float, standstill_s: float) -> Engine
 def _connect(url: str, busy_timeout_s: float, standstill_s: float) -> Engine:
     parsed = make_url(url)
     if parsed.drivername.startswith("postgresql"):
-        return create_engine(
+        engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,
             pool_size=10,
             max_overflow=20,
             connect_args={"connect_timeout": 5, "options": _limits(standstill_s)},
         )
+        event.listen(engine, "do_executemany", _one_by_one)
+        return engine
     engine = create_engine(parsed, connect_args={"timeout": busy_timeout_s}, pool_size=10, max_overflow=20)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -169,6 +171,17 @@ def _limits(standstill_s: float) -> str:
         "idle_in_transaction_session_timeout": round(standstill_s * 1000),
     }
     return " ".join(f"-c {name}={value}" for name, value in limits.items())
+
+
+def _one_by_one(cursor: Any, statement: str, parameters: Sequence[Any], _: Any) -> bool:
+    """Execute a statement for many rows, each with an answer of its own.
+
+    The driver would send them all and ask for one answer at the end. PostgreSQL counts no time in between, neither as a
+    statement's nor as standing still: a process that is stopped there would keep its locks for as long as it is.
+    """
+    for each in parameters:
+        cursor.execute(statement, each)
+    return True
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
