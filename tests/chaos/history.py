@@ -199,17 +199,22 @@ def only_held_jobs_have_places(history: History) -> Iterator[str]:
 
 
 def a_harvest_leaves_its_store(history: History) -> Iterator[str]:
-    """What succeeded has a sealed store, or one deleted with a reason; what is sealed, made or given up has its job."""
+    """What succeeded has a sealed store, or one deleted with a reason, or one that a later job made anew since.
+
+    What is sealed, made or given up has its job.
+    """
     for job_id, job in history.jobs.items():
         store = history.stores.get((job["project"], job["store_id"]))
         is_there = store is not None and (store["state"] == "sealed" or store["deleted_why"] is not None)
-        if job["kind"] == "harvest" and job["state"] == "succeeded" and not is_there:
+        maker = history.jobs.get(store["job_id"], job) if store is not None else job
+        is_anew = maker is not job and (maker["finished_at"] is None or maker["finished_at"] > job["finished_at"])
+        if job["kind"] == "harvest" and job["state"] == "succeeded" and not (is_there or is_anew):
             yield f"{job_id} succeeded, and its store is {store and store['state']}"
     for store in history.stores.values():
-        maker = history.jobs.get(store["job_id"], {}).get("state")
+        maker_state = history.jobs.get(store["job_id"], {}).get("state")
         fits = {"harvesting": ("queued", *HELD), "sealed": ("succeeded",), "failed": ("failed", "cancelled")}
-        if store["state"] in fits and maker not in fits[store["state"]]:
-            yield f"{store['id']} is {store['state']}, and {store['job_id']} is {maker}"
+        if store["state"] in fits and maker_state not in fits[store["state"]]:
+            yield f"{store['id']} is {store['state']}, and {store['job_id']} is {maker_state}"
 
 
 def a_training_leaves_its_dictionaries(history: History) -> Iterator[str]:
