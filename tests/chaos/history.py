@@ -204,11 +204,13 @@ def a_harvest_leaves_its_store(history: History) -> Iterator[str]:
     What is sealed, made or given up has its job.
     """
     for job_id, job in history.jobs.items():
+        if job["kind"] != "harvest" or job["state"] != "succeeded":
+            continue
         store = history.stores.get((job["project"], job["store_id"]))
         is_there = store is not None and (store["state"] == "sealed" or store["deleted_why"] is not None)
         maker = history.jobs.get(store["job_id"], job) if store is not None else job
         is_anew = maker is not job and (maker["finished_at"] is None or maker["finished_at"] > job["finished_at"])
-        if job["kind"] == "harvest" and job["state"] == "succeeded" and not (is_there or is_anew):
+        if not (is_there or is_anew):
             yield f"{job_id} succeeded, and its store is {store and store['state']}"
     for store in history.stores.values():
         maker_state = history.jobs.get(store["job_id"], {}).get("state")
