@@ -83,6 +83,14 @@ def test_a_failing_member_is_noticed_with_its_reason() -> None:
             gang.watch(running, lambda: None)
 
 
+def test_a_death_is_told_and_not_what_the_others_met_for_it() -> None:
+    """Ranks that live find their connections broken, and say so, before Ray says who died."""
+    with Gang.start(Member, 2, Reporter()) as gang:
+        os.kill(ray.get(gang.members[1].pid.remote()), signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="a worker died"):
+            gang.watch([gang.members[0].fail.remote()], lambda: None)
+
+
 def test_an_error_that_would_come_again_is_the_jobs_own_with_its_place() -> None:
     with Gang.start(Member, 2, Reporter()) as gang:
         running = [gang.members[0].work.remote(60), gang.members[1].stumble.remote()]

@@ -36,7 +36,7 @@ NO_ROOM_S: Final = 5.0
 SAY_EVERY_S: Final = 300.0
 """and again as often as this."""
 DEATH_S: Final = 10.0
-"""Longest wait for the death of members that were killed."""
+"""Longest wait for the death of members that were killed, or for a word of one that may be dead."""
 STALL_S: Final = 20.0
 """A member that has not answered for this long is taken for dead: a stopped process is noticed by nothing else."""
 START_S: Final = 180.0
@@ -140,12 +140,23 @@ class Gang:
 
         Raises the error of a member that refused, and WorkerLost when one died, failed or stopped answering.
         """
-        with lost_as_such():
-            done, _ = ray.wait(list(running), num_returns=1, timeout=every_s)
-            answers = ray.get(done)
+        done, _ = ray.wait(list(running), num_returns=1, timeout=every_s)
+        try:
+            with lost_as_such():
+                answers = ray.get(done)
+        except WorkerLost:
+            self._look_for_a_death()
+            raise
         values = {reference: value_of(answer) for reference, answer in zip(done, answers, strict=True)}
         self.check_beats()
         return values
+
+    def _look_for_a_death(self) -> None:
+        """Raise WorkerLost for a member that died: those who live may meet its broken connections before Ray tells."""
+        beats = [member.beat.remote() for member in self.members]
+        for beat in ray.wait(beats, num_returns=len(beats), timeout=DEATH_S)[0]:
+            with lost_as_such():
+                ray.get(beat)
 
     def check_beats(self) -> None:
         """Ask for beats that are due; raises WorkerLost when a member died or stopped answering."""
